@@ -1,0 +1,1 @@
+"""Configuration files; hydra finds them as pkg://polydiff.configs."""

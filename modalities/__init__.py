@@ -1,0 +1,1 @@
+"""One folder per modality; see docs/adding-a-modality.md."""
