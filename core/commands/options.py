@@ -1,0 +1,162 @@
+"""``key=value`` words of a command line -> one frozen dataclass, types checked, with the help text made from it.
+
+The grammar is hydra's, so that quoting, lists and null are written as for ``polydiff train``; only values that are
+paths or plain text are taken as typed, because a folder may have any name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import types
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+from polydiff.core.errors import ConfigError, unknown
+
+Options = TypeVar("Options")
+POSITIONAL = object()  # marks an option that may be given without its name
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a name",
+    Path: "a path",
+    list: "a list",
+}
+
+
+class Declared(NamedTuple):
+    """One option: a field ``name: Annotated[type, "help"] = default`` of a dataclass.
+
+    A field of type ``dict[str, Any]`` is an open prefix: ``cond.label=3`` fills ``cond["label"]``.
+    """
+
+    name: str
+    kinds: tuple[Any, ...]
+    text: str
+    positional: bool
+    default: Any
+
+    @property
+    def open(self) -> bool:
+        """Whether it is an open prefix."""
+        return any(get_origin(kind) is dict for kind in self.kinds)
+
+    @property
+    def shown(self) -> str:
+        """How messages call it."""
+        return f"{self.name}.<key>" if self.open else self.name
+
+
+def declared(kind: type[Any]) -> dict[str, Declared]:
+    """The options of a dataclass by name."""
+    hints = get_type_hints(kind, include_extras=True)
+    table = {}
+    for entry in fields(kind):
+        hint, text, *marks = get_args(hints[entry.name])
+        kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        table[entry.name] = Declared(entry.name, kinds, text, POSITIONAL in marks, entry.default)
+    return table
+
+
+def parse(kind: type[Options], words: Sequence[str]) -> Options:
+    """Turn the words after a verb into its options.
+
+    Raises:
+        ConfigError: an unknown, repeated, missing or ill-typed option, or a value hydra's grammar cannot read.
+    """
+    table = declared(kind)
+    place = next((name for name, entry in table.items() if entry.positional), None)
+    given: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        prefix, dot, key = name.partition(".")
+        if not equals:
+            if word.startswith("-") or place is None or place in given:
+                names = ", ".join(entry.shown for entry in table.values())
+                raise ConfigError(f"cannot read {word!r}: write options as key=value; valid: {names}")
+            given[place] = word
+        elif dot and key and prefix in table and table[prefix].open:
+            if key in given.setdefault(prefix, {}):
+                raise ConfigError(f"{name} is given twice")
+            given[prefix][key] = value_of(word)
+        elif name not in table or table[name].open:
+            raise unknown("option", name, (entry.shown for entry in table.values()))
+        elif name in given:
+            raise ConfigError(f"{name} is given twice")
+        else:
+            given[name] = _typed(table[name], word, text)
+    for name, entry in table.items():
+        if name not in given and entry.default is MISSING and not entry.open:
+            raise ConfigError(f"missing {entry.name}{'' if entry.positional else '=...'}: {entry.text}")
+    return kind(**given)
+
+
+def value_of(word: str) -> Any:
+    """The value of one ``key=value`` word, read by hydra's grammar.
+
+    Raises:
+        ConfigError: it cannot be read; the message shows how to quote it.
+    """
+    override = lex(word)
+    if override.is_sweep_override():
+        name, _, text = word.partition("=")
+        raise ConfigError(f"{word!r} names several values: write a list as {name}=[{text}]")
+    if override.type.name != "CHANGE":
+        raise ConfigError(f"cannot read {word!r}: write key=value")
+    return override.value()
+
+
+def lex(word: str) -> Any:
+    """Hydra's ``Override`` for one word; see :func:`value_of` for the errors."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        name, equals, text = word.partition("=")
+        if not equals or not re.match(r"[+~]{0,2}[\w.@/\-]+$", name):
+            raise ConfigError(f"cannot read {word!r}: write key=value") from error
+        quoted = text.replace('"', '\\"')
+        raise ConfigError(f"""cannot read {word!r}: quote the value, as in '{name}="{quoted}"'""") from error
+
+
+def explain(kind: type[Any], *examples: str) -> str:
+    """The option list that ``--help`` shows, one line each, and example command lines."""
+    lines = []
+    for entry in declared(kind).values():
+        shown = entry.shown + ("=V" if entry.open else "")
+        if not entry.open and not entry.positional:
+            shown += "=" + ("..." if entry.default is MISSING else _show(entry.default))
+        lines.append(f"  {shown:26}{entry.text}")
+    text = "options:\n" + "\n".join(lines)
+    return text + ("\n\nexamples:\n" + "\n".join(f"  {example}" for example in examples) if examples else "")
+
+
+def _typed(entry: Declared, word: str, text: str) -> Any:
+    kinds = entry.kinds
+    expected = " or ".join(_WORDS[get_origin(kind) or kind] for kind in kinds if kind is not type(None))
+    if Path in kinds or str in kinds:  # taken as typed: a folder may have any name
+        if text in ("", "null"):
+            if type(None) in kinds:
+                return None
+            raise ConfigError(f"{word!r}: {entry.name} must be {expected}")
+        plain = text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+        return Path(plain).expanduser() if Path in kinds else plain
+    value = value_of(word)
+    for kind in kinds:
+        if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+        if get_origin(kind) is list and isinstance(value, list) and {type(item) for item in value} == {*get_args(kind)}:
+            return value
+        if isinstance(kind, type) and type(value) is kind:
+            return value
+    raise ConfigError(f"{word!r}: {entry.name} must be {expected}")
+
+
+def _show(default: Any) -> str:
+    return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)

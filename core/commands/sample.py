@@ -1,0 +1,178 @@
+"""``polydiff sample``: draw samples from a run and write them as files with a ``samples.json`` beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from polydiff.core.commands import options
+from polydiff.core.errors import ConfigError, unknown
+
+if TYPE_CHECKING:
+    from polydiff.core.adapter import Item
+    from polydiff.core.run import Run
+
+RECORD = "samples.json"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``polydiff sample`` takes."""
+
+    run: Annotated[Path, "folder of a trained model"]
+    n: Annotated[int, "how many"] = 16
+    solver: Annotated[str | None, "a solver's name; null: the run's own (polydiff list solvers)"] = None
+    grid: Annotated[str | None, "how its steps are spread; null: the run's own (polydiff list grids)"] = None
+    steps: Annotated[int | None, "number of steps; null: the run's own"] = None
+    seed: Annotated[int, "sample k depends on seed and k alone"] = 0
+    guidance: Annotated[float | None, "classifier-free guidance, 1 is none; null: the run's own"] = None
+    cond: Annotated[dict[str, Any], "a condition: an index, a name, a list that cycles, or null for without"] = field(
+        default_factory=dict
+    )
+    size: Annotated[dict[str, Any], "another size than in training"] = field(default_factory=dict)
+    out: Annotated[Path | None, "folder to write; null: RUN/samples/SOLVER-STEPS-seedSEED"] = None
+    format: Annotated[str | None, "file format; null: the adapter's first"] = None
+    trajectory: Annotated[int, "keep this many states on the way of each sample"] = 0
+    batch: Annotated[int, "samples drawn at a time"] = 64
+    deterministic_batch: Annotated[int | None, "pad every network call to this many: same bits for any n"] = None
+    device: Annotated[str, "auto, cpu, cuda"] = "auto"
+    network: Annotated[str | None, "import path of the network, for a run trained with one"] = None
+
+
+def explain() -> str:
+    """Help text."""
+    return options.explain(
+        Options,
+        "polydiff sample run=runs/image-digits",
+        "polydiff sample run=runs/image-digits n=10 'cond.label=[0,1,2]' solver=heun steps=50 guidance=1.5",
+    )
+
+
+def main(words: list[str]) -> int:
+    """Run the verb; returns the exit code."""
+    chosen = options.parse(Options, words)
+
+    from polydiff.core.run import Run, positive
+
+    positive(n=chosen.n, batch=chosen.batch)
+    run = Run.load(chosen.run, chosen.device, chosen.network)
+    settings = run.settings(chosen.solver, chosen.grid, chosen.steps, chosen.guidance)
+    codec = run.adapter.codec(run.facts)
+    if chosen.format is not None and chosen.format not in codec.formats:
+        raise unknown("format", chosen.format, codec.formats)
+    record = {
+        "format_version": 1,
+        "adapter": run.adapter.name,
+        "experiment": run.config["experiment"],
+        "checkpoint_step": run.step,
+        "seed": chosen.seed,
+        **asdict(settings),
+        "n": chosen.n,
+        "cond": chosen.cond,
+        "size": chosen.size,
+        "format": chosen.format or codec.formats[0],
+        "trajectory": chosen.trajectory,
+        "deterministic_batch": chosen.deterministic_batch,
+        "facts": run.facts,
+    }
+    folder = choose_folder(run.path, chosen.out, record)
+    with replacing(folder) as draft:
+        items = run.sample(
+            chosen.n,
+            cond=chosen.cond,
+            size=chosen.size,
+            solver=chosen.solver,
+            steps=chosen.steps,
+            grid=chosen.grid,
+            guidance=chosen.guidance,
+            seed=chosen.seed,
+            batch=chosen.batch,
+            trajectory=chosen.trajectory,
+            deterministic_batch=chosen.deterministic_batch,
+        )
+        files = codec.write(items, draft, chosen.format)
+        record["samples"] = [
+            _entry(run, item, file, k) for k, (item, file) in enumerate(zip(items, files, strict=True))
+        ]
+        (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(
+        f"{chosen.n} samples of step {run.step}, {settings.solver} on {settings.grid}, {settings.steps} steps, on {run.device}"
+    )
+    print(f"wrote {folder}{os.sep} ({record['format']} files and {RECORD})")
+    return 0
+
+
+def choose_folder(run: Path, out: Path | None, record: dict[str, Any]) -> Path:
+    """Where samples with these settings go: a folder that is new, empty, or holds samples of the same settings.
+
+    Without ``out`` a number is added to the name while another set of samples has it: nothing is overwritten.
+
+    Raises:
+        ConfigError: ``out`` holds something else; the message names it.
+    """
+    if out is not None:
+        differing = _occupied(out, record)
+        if differing:
+            raise ConfigError(f"out={out} {differing}: choose another folder")
+        return out
+    name = f"{record['solver']}-{record['steps']}-seed{record['seed']}"
+    number = 1
+    while True:
+        folder = run / "samples" / (name if number == 1 else f"{name}-{number}")
+        if not _occupied(folder, record):
+            return folder
+        number += 1
+
+
+def _occupied(folder: Path, record: dict[str, Any]) -> str:
+    """Why a folder cannot take these samples; empty when it can."""
+    if folder.exists() and not folder.is_dir():
+        return "is a file"
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return ""
+    try:
+        old = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"exists and has no {RECORD}, so it is no folder of samples"
+    same = isinstance(old, dict) and json.loads(json.dumps(record)) == {k: v for k, v in old.items() if k != "samples"}
+    return "" if same else "holds samples of other settings"
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A draft folder beside ``folder`` that takes its name when the block ends, and vanishes when it fails."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        draft.chmod(0o777 & ~_umask())
+        yield draft
+        if folder.exists():
+            old = draft.with_name(draft.name + ".old")
+            folder.rename(old)
+            draft.rename(folder)
+            shutil.rmtree(old)
+        else:
+            draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _entry(run: Run, item: Item, file: Path, k: int) -> dict[str, Any]:
+    cond: dict[str, Any] = {}
+    for name, value in item.cond.items():
+        classes = (run.facts.get("classes") or {}).get(name)
+        cond[name] = value.tolist() if classes is None else {"index": int(value), "name": str(classes[int(value)])}
+    return {"file": Path(file).name, "index": k, "cond": cond}

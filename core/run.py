@@ -1,0 +1,326 @@
+"""A training run, opened: its EMA denoiser, what it knows about its data, and samples from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polydiff.core.adapter import Adapter, Condition, Item
+from polydiff.core.build import Built, build, check_stored, read_config
+from polydiff.core.denoiser import Denoise, Denoiser, finite
+from polydiff.core.errors import CheckpointError, ConfigError, DivergenceError, unknown
+from polydiff.core.guidance import cfg
+from polydiff.core.noise import Noise
+from polydiff.core.sampling import sample
+from polydiff.core.training import checkpoint as checkpoints
+from polydiff.core.tree import State, move, tree_map
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to sample: what a run's ``sampling`` section holds, with a caller's own choices put over it."""
+
+    solver: str
+    grid: str
+    steps: int
+    guidance: float = 1.0
+    interval: tuple[float, float] | None = None
+
+
+class Run:
+    """A run folder whose newest valid checkpoint has been loaded; use :meth:`load` to get one.
+
+    Attributes:
+        path: the run folder.
+        config: the resolved configuration, a plain dictionary.
+        facts: what the data set said about itself: size, classes, sigma_data.
+        adapter, process, denoiser: the objects built from them; the denoiser has EMA weights, in eval mode, frozen.
+        step: the checkpoint's step.
+        checkpoint_path: its folder.
+        device: where the denoiser is.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], facts: dict[str, Any], built: Built, step: int) -> None:
+        self.path, self.config, self.facts, self.step = path, config, facts, step
+        self.adapter: Adapter = built.adapter
+        self.process: Any = built.process
+        self.denoiser: Denoiser = built.denoiser
+        self.checkpoint_path = path
+        self.device = torch.device("cpu")
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "auto", network: str | None = None) -> Run:
+        """Open a run.
+
+        Args:
+            path: a folder that ``polydiff train`` wrote, or one of its ``checkpoints/step-XXXXXXXX``.
+            device: ``auto`` (CUDA where there is one), or a torch device.
+            network: the import path of a network that is in no adapter's table, when the run was trained with one.
+
+        Raises:
+            CheckpointError: no folder, no valid checkpoint, or one that was altered.
+            ConfigError: its configuration names something that does not exist here.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: no such run; train one with: polydiff train experiment=NAME run={path}")
+        if (path / "manifest.json").is_file():
+            found, path = checkpoints.load(path), path.resolve().parents[1]
+        else:
+            newest = checkpoints.newest(path / "checkpoints")
+            if newest is None:
+                raise CheckpointError(f"{path}: no checkpoint in this folder; a run saves one every trainer.save_every")
+            found = newest
+        if (path / "config.yaml").is_file() and network is None:
+            read_config(path / "config.yaml")
+        config = check_stored(found.config, found.path, network)
+        facts = found.state.get("facts")
+        if not isinstance(facts, dict):
+            raise CheckpointError(f"{found.path}: its state.json has no facts about the data")
+        built = build(config, facts, local=network is not None)
+        run = cls(path, config, facts, built, found.step)
+        run.device = pick_device(device)
+        try:
+            run.denoiser.load_state_dict(found.ema)
+        except RuntimeError as error:
+            line = str(error).splitlines()[-1].strip()
+            raise CheckpointError(f"{found.path}: its weights do not fit its configuration: {line}") from error
+        run.denoiser.to(run.device).eval().requires_grad_(False)
+        run.checkpoint_path = found.path
+        return run
+
+    def settings(
+        self,
+        solver: str | None = None,
+        grid: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> Settings:
+        """The run's own sampling settings with those given put over them; raises ConfigError for bad ones."""
+        from polydiff.core.grids import GRIDS
+        from polydiff.core.solvers.names import NAMES
+
+        own = self.config["sampling"]
+        chosen = Settings(
+            solver=own["solver"] if solver is None else solver,
+            grid=own["grid"] if grid is None else grid,
+            steps=own["steps"] if steps is None else steps,
+            guidance=float(own.get("guidance", 1.0) if guidance is None else guidance),
+            interval=tuple(own["interval"]) if own.get("interval") else None,
+        )
+        if chosen.solver not in NAMES:
+            raise unknown("solver", chosen.solver, NAMES)
+        if chosen.grid not in GRIDS:
+            raise unknown("grid", chosen.grid, GRIDS)
+        positive(steps=chosen.steps)
+        return chosen
+
+    def sample(
+        self,
+        n: int,
+        cond: Mapping[str, Any] | None = None,
+        size: Mapping[str, Any] | None = None,
+        solver: str | None = None,
+        steps: int | None = None,
+        grid: str | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        batch: int = 64,
+        trajectory: int = 0,
+        deterministic_batch: int | None = None,
+    ) -> list[Item]:
+        """Draw samples.
+
+        Item i draws its own noise from (seed, i), so that it depends neither on n nor on ``batch``; what it becomes is
+        then bit-identical at equal batch size and equal within rounding otherwise.
+
+        Args:
+            n: how many.
+            cond: conditions by name: a class as index or name, a list that cycles over the items, None for without.
+            size: changes to the size that training had, e.g. ``{"height": 16}``.
+            solver, steps, grid, guidance: default to the run's ``sampling`` section.
+            seed: of all draws.
+            batch: items in a network call.
+            trajectory: keep this many predicted clean states of each item in ``meta["trajectory"]``, (k, *dims).
+            deterministic_batch: pad every network call to this many items: bit-identical for any n.
+
+        Returns:
+            Items in normalised form, on the CPU; ``run.adapter.codec(run.facts).decode`` turns them into raw arrays.
+
+        Raises:
+            ConfigError: a number below 1, a label out of range, an unknown name, guidance without a condition.
+            DivergenceError: a sample is not finite.
+        """
+        settings = self.settings(solver, grid, steps, guidance)
+        width = batch if deterministic_batch is None else deterministic_batch
+        positive(n=n, batch=width)
+        values = self.conditions(cond or {}, n)
+        if guidance is not None and guidance != 1 and not any(values):
+            names = ", ".join(f"cond.{name}=..." for name in self.denoiser.conditions) or "(this model has none)"
+            raise ConfigError(f"guidance={guidance} needs a condition to guide towards: {names}")
+        blanks = [self._blank(size or {}, value) for value in values]
+        items: dict[int, Item] = {}
+        for indices in _chunks([frozenset(value) for value in values], width):
+            padded = indices + indices[-1:] * (0 if deterministic_batch is None else width - len(indices))
+            x, frames = self._draw([blanks[i] for i in padded], padded, settings, seed, trajectory)
+            for row, i in enumerate(indices):
+                meta = {
+                    "trajectory": tree_map(
+                        lambda *leaf: torch.stack(leaf), *(_cut(f, row, blanks[i].x) for f in frames)
+                    )
+                }
+                items[i] = Item(
+                    _cut(x, row, blanks[i].x), blanks[i].mask, values[i], f"sample-{i:05d}", meta if frames else {}
+                )
+        return [items[i] for i in range(n)]
+
+    def conditions(self, cond: Mapping[str, Any], n: int) -> list[dict[str, Tensor]]:
+        """Conditions of n items; see :meth:`sample` for what ``cond`` may hold."""
+        values: list[dict[str, Tensor]] = [{} for _ in range(n)]
+        for name, value in cond.items():
+            if name not in self.denoiser.conditions:
+                raise unknown("condition", name, self.denoiser.conditions)
+            condition = self.denoiser.conditions[name]
+            choices = _as_list(value, condition)
+            if not choices:
+                raise ConfigError(f"cond.{name}=[] is empty: give at least one value")
+            tensors = [self._condition(name, condition, choice) for choice in choices]
+            for i, item in enumerate(values):
+                tensor = tensors[i % len(tensors)]
+                if tensor is not None:
+                    item[name] = tensor
+        return values
+
+    def dataset(self, split: str, path: str | Path | None = None) -> Any:
+        """The data set this run was trained on, one split of it.
+
+        Args:
+            split: ``train``, ``test`` or ``valid``.
+            path: its file, when it is no longer where the configuration says.
+        """
+        data = self.config["data"]
+        return self.adapter.dataset(locate_data(data) if path is None else path, split, **data["options"])
+
+    def _condition(self, name: str, condition: Condition, value: Any) -> Tensor | None:
+        if value is None:
+            return None
+        if condition.kind != "class":
+            try:
+                tensor = torch.as_tensor(value, dtype=torch.float32)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"cond.{name}={value!r} must be {condition.shape} numbers") from error
+            if tuple(tensor.shape) != condition.shape:
+                raise ConfigError(f"cond.{name} has shape {tuple(tensor.shape)}, not {condition.shape}")
+            return tensor
+        classes = [str(entry) for entry in self.facts["classes"][name]]
+        if isinstance(value, Tensor):
+            value = value.item()
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(classes):
+            return torch.tensor(value)
+        if isinstance(value, str) and value in classes:
+            return torch.tensor(classes.index(value))
+        shown = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
+        raise ConfigError(f"cond.{name}={value}: valid are the indices 0 to {len(classes) - 1} and the names {shown}")
+
+    def _blank(self, size: Mapping[str, Any], cond: dict[str, Tensor]) -> Item:
+        own = self.facts.get("size") or {}
+        for name in size:
+            if name not in own:
+                raise unknown("size", f"size.{name}", [f"size.{key}" for key in own])
+        like, mask = self.adapter.shape({**own, **size}, cond)
+        return Item(like, mask, cond)
+
+    def _draw(
+        self, blanks: Sequence[Item], indices: list[int], settings: Settings, seed: int, trajectory: int
+    ) -> tuple[State, list[State]]:
+        batch = self.adapter.collate(list(blanks))
+        x, mask, cond = (move(part, self.device) for part in (batch.x, batch.mask, batch.cond))
+        noise = Noise(seed, indices, getattr(self.process, "mask_axis", 1))
+        wanted = (
+            set(torch.linspace(0, settings.steps - 1, trajectory).round().int().tolist()) if trajectory > 0 else set()
+        )
+        frames: list[State] = []
+
+        def keep(k: int, _t: Any, _x: State, x0_hat: State | None) -> None:
+            if k in wanted and x0_hat is not None:
+                frames.append(move(x0_hat, "cpu"))
+
+        x = sample(
+            self._guided(mask, cond, settings),
+            self.process,
+            self.process.prior(x, noise, mask),
+            solver=settings.solver,
+            steps=settings.steps,
+            grid=settings.grid,
+            mask=mask,
+            fixed=cond.get("fixed"),
+            generator=noise,
+            callback=keep if wanted else None,
+        )
+        if not finite(x):
+            raise DivergenceError(f"{self.path}: the samples are not finite; has training diverged? see metrics.jsonl")
+        return move(x, "cpu"), frames
+
+    def _guided(self, mask: Tensor | None, cond: dict[str, Tensor], settings: Settings) -> Denoise:
+        conditional = self.denoiser.bind(mask, cond)
+        if settings.guidance == 1 or not cond:
+            return conditional
+        return cfg(conditional, self.denoiser.bind(mask), settings.guidance, settings.interval)
+
+
+def locate_data(section: Mapping[str, Any]) -> Path:
+    """File of a configuration's ``data`` section; an embedded data set is prepared when it is not there yet.
+
+    Raises:
+        DataError: it is not there; the message names the command that prepares it.
+    """
+    from polydiff import data
+
+    return Path(section["path"]) if section.get("path") else data.locate(section["name"])
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU; any other name is torch's.
+
+    Raises:
+        ConfigError: no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def positive(**numbers: int) -> None:
+    """Raise ConfigError for the first number below 1."""
+    for name, number in numbers.items():
+        if number < 1:
+            raise ConfigError(f"{name}={number} must be at least 1")
+
+
+def _as_list(value: Any, condition: Condition) -> list[Any]:
+    if condition.kind == "class":
+        return list(value) if isinstance(value, list | tuple | range) or getattr(value, "ndim", 0) == 1 else [value]
+    deep = len(condition.shape) + 1
+    return list(value) if value is not None and torch.as_tensor(value).ndim == deep else [value]
+
+
+def _chunks(kinds: Sequence[frozenset[str]], width: int) -> Iterator[list[int]]:
+    """Item indices in chunks of at most ``width``; items of a chunk have the same conditions present."""
+    for kind in dict.fromkeys(kinds):
+        members = [i for i, other in enumerate(kinds) if other == kind]
+        for start in range(0, len(members), width):
+            yield members[start : start + width]
+
+
+def _cut(state: State, row: int, like: State) -> State:
+    """One item of a batch at its own size, without the padding."""
+    return tree_map(lambda x, own: x[row][tuple(slice(0, n) for n in own.shape)].clone(), state, like)
