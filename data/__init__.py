@@ -1,0 +1,164 @@
+"""Data sets: a catalogue of public ones, recipes that turn each into the one file layout, and where the files are."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polydiff.core.adapter import Lazy
+from polydiff.core.adapter import load as load_adapter
+from polydiff.core.errors import ConfigError, DataError, unknown
+from polydiff.core.tree import leaves
+from polydiff.data import h5
+from polydiff.data.table import Table
+
+__all__ = ["Entry", "Table", "catalogue", "folder", "locate", "prepare"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One line of the catalogue.
+
+    Args:
+        modality: the adapter that reads it.
+        recipe: ``module:function``, called as ``(name, source) -> Table`` with the path the user gave, or None.
+        about: one line for ``polydiff list``.
+        embedded: it comes with the installation and is prepared at first use, without a download.
+        urls: where its files are.
+        sha256: digest of the source that the recipe reports; a differing one is an error.
+        licence: terms of the source.
+        citation: whom to cite.
+    """
+
+    modality: str
+    recipe: str
+    about: str
+    embedded: bool = False
+    urls: tuple[str, ...] = ()
+    sha256: str = ""
+    licence: str = ""
+    citation: str = ""
+
+
+@cache
+def catalogue() -> dict[str, Entry]:
+    """The known data sets by name."""
+    import yaml
+
+    lines = yaml.safe_load(Path(__file__).with_name("catalog.yaml").read_text(encoding="utf-8"))
+    return {name: Entry(**{**line, "urls": tuple(line.get("urls", ()))}) for name, line in lines.items()}
+
+
+def folder() -> Path:
+    """Where prepared files are: POLYDIFF_DATA, else data/cache of a checkout, else the user's cache folder."""
+    if chosen := os.environ.get("POLYDIFF_DATA"):
+        return Path(chosen).expanduser()
+    here = Path(__file__).resolve().parent
+    if (here.parent / "pyproject.toml").is_file() and (here.parent / "core" / "__init__.py").is_file():
+        return here / "cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polydiff"
+
+
+_folder = folder  # under the name that the argument of ``prepare`` does not hide
+
+
+def locate(name: str, prepare_embedded: bool = True) -> Path:
+    """The prepared file of a data set.
+
+    Args:
+        name: a name of the catalogue, or of a file ``<name>.h5`` that somebody put into ``folder()``.
+        prepare_embedded: make an embedded set now if its file is not there yet.
+    Raises:
+        ConfigError: there is no data set of that name.
+        DataError: it has not been prepared; the message says how.
+    """
+    path = folder() / f"{name}.h5"
+    if path.is_file():
+        return path
+    if name not in catalogue():
+        raise unknown("data set", name, catalogue())
+    if prepare_embedded and catalogue()[name].embedded:
+        return prepare(name)
+    raise DataError(f"data set {name!r} is not prepared ({path} is missing); run: polydiff data {name}")
+
+
+def prepare(
+    name: str,
+    source: str | Path | None = None,
+    encode: Callable[[Any], Any] | None = None,
+    folder: str | Path | None = None,
+) -> Path:
+    """Make the file of a data set of the catalogue, atomically.
+
+    Args:
+        name: a name of the catalogue.
+        source: where the public files are, in their own layout; None for embedded sets.
+        encode: the codec's ``encode``, by which sigma_data is measured; by default that of the set's adapter.
+        folder: where to put ``<name>.h5``; by default ``folder()``.
+    Returns:
+        The file.
+    Raises:
+        ConfigError: unknown name, or a source for an embedded set.
+        DataError: the source is missing or not what it should be, or the file cannot be written.
+    """
+    if name not in catalogue():
+        raise unknown("data set", name, catalogue())
+    entry = catalogue()[name]
+    if entry.embedded and source is not None:
+        raise ConfigError(f"data set {name!r} is embedded: leave out source={source}")
+    table = Lazy(entry.recipe)(name, None if source is None else Path(source))
+    digest = table.attributes.get("sha256_of_source", "")
+    if entry.sha256 and digest != entry.sha256:
+        raise DataError(f"data set {name!r}: the source has digest {digest}, expected {entry.sha256}; get it again")
+    if encode is None:
+        encode = load_adapter(entry.modality).codec({}).encode
+    common: dict[str, Any] = {
+        "name": name,
+        "modality": entry.modality,
+        "licence": entry.licence,
+        "source": " ".join(entry.urls),
+    }
+    # An encoding with several leaves (a product of geometries) has no single scale: its recipe states sigma_data itself.
+    if "sigma_data" not in table.attributes:
+        common["sigma_data"] = measure_sigma_data(table, encode)
+    table = replace(table, attributes={**common, "complete": [len(table), len(table)], **table.attributes})
+    return h5.write((Path(folder) if folder else _folder()) / f"{name}.h5", table)
+
+
+def measure_sigma_data(table: Table, encode: Callable[[Any], Any]) -> float:
+    """Population standard deviation of all elements of the encoded training split, in float64.
+
+    Args:
+        table: the content; items of one size are encoded in batches, ragged ones one by one.
+        encode: raw array (or, if there are several, a dictionary of them) -> State.
+    Raises:
+        DataError: there is no training split, or it is constant.
+    """
+    count, total, squares = 0, 0.0, 0.0
+    for raw in _pieces(table, table.rows("train")):
+        for leaf in leaves(encode(raw)):
+            values = leaf.double()
+            count, total = count + values.numel(), total + float(values.sum())
+            squares += float(values.square().sum())
+    variance = squares / count - (total / count) ** 2 if count else 0.0
+    if variance <= 0:
+        raise DataError("the training split is empty or constant: sigma_data cannot be measured")
+    return math.sqrt(variance)
+
+
+def _pieces(table: Table, rows: np.ndarray) -> Any:
+    arrays = dict(table.arrays)
+    if table.offsets is None:
+        slices: Any = np.array_split(rows, max(1, len(rows) // 256)) if len(rows) else []
+    else:
+        slices = [slice(int(table.offsets[i]), int(table.offsets[i + 1])) for i in rows]
+    for part in slices:
+        raw = {name: np.asarray(array[part]) for name, array in arrays.items()}
+        yield raw if len(raw) > 1 else next(iter(raw.values()))

@@ -1,0 +1,20 @@
+"""Images: greyscale or RGB, any height and width, class-conditional."""
+
+from polydiff.core.adapter import Adapter, Condition, lazy
+
+_here = "polydiff.modalities.image"
+
+ADAPTER = Adapter(
+    name="image",
+    process=lazy("polydiff.core.processes:gaussian"),
+    conditions={"label": Condition("class")},
+    shape=lazy(f"{_here}.codec:shape"),
+    dataset=lazy(f"{_here}.dataset:Images"),
+    codec=lazy(f"{_here}.codec:Codec"),
+    network={"unet": lazy(f"{_here}.network:unet")},
+    metrics=lazy(f"{_here}.metrics:metrics"),
+    view=lazy(f"{_here}.view:view"),
+    checks=lazy(f"{_here}.checks:checks"),
+    symmetries=(),
+    default_data="digits",
+)

@@ -1,0 +1,21 @@
+"""The U-Net of the core with two axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from polydiff.core.nn.unet import UNet
+
+
+def unet(facts: Mapping[str, Any], **options: Any) -> nn.Module:
+    """A U-Net for the images of a data set, conditional on the class where it has classes.
+
+    Args:
+        facts: of the data set: ``size.channels`` and ``classes``.
+        options: of ``polydiff.core.nn.unet.UNet``.
+    """
+    conditions = {name: len(classes) for name, classes in facts["classes"].items()}
+    return UNet(axes=2, in_channels=facts["size"]["channels"], conditions=conditions, **options)
