@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("modalities/*/README.md")})
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^]]*\]\(([^)#\s]+)[^)]*\)")
-CITATION = re.compile(r"([A-Z][\w'-]+)(?: et al\.?| (?:and|&) [A-Z][\w'-]+)?,? \(?((?:19|20)\d\d)\b")
+CITATION = re.compile(r"\b([A-Z][\w'-]+)(?: et al\.?| (?:and|&) [A-Z][\w'-]+)?,? \(?((?:19|20)\d\d)(?!\.?\d)")
 
 
 def command_lines(text: str) -> Iterator[list[str]]:
