@@ -1,0 +1,288 @@
+r"""What a network predicts, in every equivalent form, and how a plain network becomes a denoiser.
+
+With :math:`x_t = \alpha x_0 + \sigma\varepsilon` the five fields
+
+.. math:: x_0,\quad \varepsilon,\quad s = -\varepsilon/\sigma,\quad v = \alpha\varepsilon - \sigma x_0,\quad
+          u = \alpha' x_0 + \sigma'\varepsilon
+
+are linear in each other once x_t is known: wanted = a x_t + b given. ``coefficients`` is that table.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from polydiff.core.errors import ConfigError, unknown
+from polydiff.core.schedules import Schedule, as_time
+from polydiff.core.tree import expand, leaves
+
+if TYPE_CHECKING:
+    from polydiff.core.adapter import Condition
+    from polydiff.core.processes.gaussian import GaussianProcess
+
+FIELDS = ("x0", "eps", "score", "v", "velocity")
+Pair = tuple[Tensor, Tensor]
+
+
+def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Quotient that is 0 where the denominator is 0: a conversion without a limit there returns 0."""
+    return torch.where(denominator == 0, 0.0, numerator / torch.where(denominator == 0, 1.0, denominator))
+
+
+def _unless_infinite(value: Tensor) -> Tensor:
+    return torch.where(torch.isfinite(value), value, 0.0)
+
+
+def coefficients(schedule: Schedule, t: Tensor, given: str, wanted: str) -> Pair:
+    """Numbers a, b with ``wanted = a x_t + b given``, float64 with the shape of t.
+
+    Besides the five fields, ``wanted`` may be ``"flow"`` (eps - x0) or ``"angle"`` (v / hypot(alpha, sigma)), which
+    solvers integrate. Where a conversion has no limit (alpha = 0 or sigma = 0) both numbers are 0.
+    """
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    if given == wanted:
+        return zero, one
+    norm2 = alpha**2 + sigma**2
+    # x0 = x[0] x_t + x[1] given and likewise eps
+    if given == "x0":
+        x, eps = (zero, one), (_over(one, sigma), _over(-alpha, sigma))
+    elif given == "eps":
+        x, eps = (_over(one, alpha), _over(-sigma, alpha)), (zero, one)
+    elif given == "score":
+        x, eps = (_over(one, alpha), _over(sigma**2, alpha)), (zero, -sigma)
+    elif given == "v":
+        x, eps = (alpha / norm2, -sigma / norm2), (sigma / norm2, alpha / norm2)
+    else:
+        dalpha, dsigma = schedule.dalpha(t), schedule.dsigma(t)
+        wronskian = dalpha * sigma - alpha * dsigma
+        x = (_over(-dsigma, wronskian), _over(sigma, wronskian))
+        eps = (_over(dalpha, wronskian), _over(-alpha, wronskian))
+    if wanted == "x0":
+        return x
+    if wanted == "eps":
+        return eps
+    if wanted == "score":
+        left, right = zero, _over(-one, sigma)
+    elif wanted == "v":
+        left, right = -sigma, alpha
+    elif wanted == "velocity":
+        left, right = schedule.dalpha(t), schedule.dsigma(t)
+    elif wanted == "flow":
+        left, right = -one, one
+    elif wanted == "angle":
+        left, right = -sigma / norm2.sqrt(), alpha / norm2.sqrt()
+    else:
+        raise unknown("field", wanted, (*FIELDS, "flow", "angle"))
+    return (
+        _unless_infinite(left * x[0] + right * eps[0]),
+        _unless_infinite(left * x[1] + right * eps[1]),
+    )
+
+
+@functools.lru_cache(maxsize=8192)
+def _scalar_coefficients(schedule: Schedule, t: float, given: str, wanted: str) -> tuple[float, float]:
+    a, b = coefficients(schedule, as_time(t), given, wanted)
+    return float(a), float(b)
+
+
+class Prediction:
+    """What a denoiser says about a state, built from one field and converted on demand.
+
+    Args:
+        process: a Gaussian process; its schedule gives the conversions.
+        x_t: the state (b, *dims).
+        t: its time, float64, () or (b,).
+        x0, eps, score, v, velocity: exactly one of them, shaped like ``x_t``.
+
+    Attributes:
+        given: name of the field it was built from.
+    """
+
+    __slots__ = ("given", "process", "t", "value", "x_t")
+
+    def __init__(self, process: GaussianProcess, x_t: Tensor, t: Tensor, **field: Tensor) -> None:
+        if len(field) != 1 or next(iter(field)) not in FIELDS:
+            raise ConfigError(f"a Prediction is built from exactly one of {', '.join(FIELDS)}; got {sorted(field)}")
+        self.process, self.x_t, self.t = process, x_t, t
+        ((self.given, self.value),) = field.items()
+
+    def field(self, wanted: str) -> Tensor:
+        """Any field by name; also ``"flow"`` and ``"angle"``, see ``coefficients``."""
+        if wanted == self.given:
+            return self.value
+        schedule = self.process.schedule
+        if self.t.ndim == 0:
+            a, b = _scalar_coefficients(schedule, self.t.item(), self.given, wanted)
+            return torch.add(self.value * b, self.x_t, alpha=a) if a else self.value * b
+        a, b = (expand(c, self.x_t) for c in coefficients(schedule, self.t, self.given, wanted))
+        return a * self.x_t + b * self.value
+
+    x0 = property(lambda self: self.field("x0"), doc="Predicted clean state.")
+    eps = property(lambda self: self.field("eps"), doc="Predicted noise.")
+    score = property(lambda self: self.field("score"), doc="Gradient of the log density of x_t.")
+    v = property(lambda self: self.field("v"), doc="alpha eps - sigma x0.")
+    velocity = property(lambda self: self.field("velocity"), doc="Velocity of the probability flow.")
+
+    def replace(self, value: Tensor, field: str | None = None) -> Prediction:
+        """The same state and time with another value of a field (default: the one given)."""
+        return Prediction(self.process, self.x_t, self.t, **{field or self.given: value})
+
+
+Denoise = Callable[[Tensor, Tensor], Any]
+
+
+def as_prediction(process: GaussianProcess, x_t: Tensor, t: Tensor, output: Prediction | Tensor) -> Prediction:
+    """A Denoise may return a bare state, which means x0_hat."""
+    return output if isinstance(output, Prediction) else Prediction(process, x_t, t, x0=output)
+
+
+def _rms(field: str, schedule: Schedule, t: Tensor, sigma_data: float) -> Tensor:
+    """Root mean square of a field for data of standard deviation sigma_data: what c_out is, so targets have unit size."""
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    if field == "x0":
+        return torch.full_like(alpha, sigma_data)
+    if field == "eps":
+        return torch.ones_like(alpha)
+    if field == "score":
+        return _over(torch.ones_like(sigma), sigma)
+    if field == "v":
+        return torch.hypot(alpha, sigma * sigma_data)
+    return torch.hypot(schedule.dalpha(t) * sigma_data, schedule.dsigma(t))
+
+
+PRECONDITIONS = ("edm", *FIELDS)
+
+
+def preconditioning(
+    name: str, schedule: Schedule, t: Tensor, sigma_data: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""c_skip, c_out, c_in, c_noise of a network F, float64 with the shape of t.
+
+    With :math:`S^2 = \alpha^2\sigma_d^2 + \sigma^2`: c_in = 1/S and c_noise = ln(sigma/alpha)/4, clamped to [-5, 5].
+    ``"edm"`` predicts :math:`\hat x_0 = (\alpha\sigma_d^2/S^2)\,x_t + (\sigma\sigma_d/S)\,F`; the other names predict the
+    field of that name as c_out F, where c_out is the field's root mean square, so that every target has unit variance.
+
+    Source: Karras 2022, eq. 7 and table 1, generalised from alpha = 1 to any path.
+    """
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    size = torch.hypot(alpha * sigma_data, sigma)
+    c_noise = (-0.25 * schedule.log_snr(t)).clamp(-5, 5)
+    if name == "edm":
+        return alpha * sigma_data**2 / size**2, sigma * sigma_data / size, 1 / size, c_noise
+    return torch.zeros_like(alpha), _rms(name, schedule, t, sigma_data), 1 / size, c_noise
+
+
+class Denoiser(nn.Module):
+    """A network with its preconditioning: (x_t, t, mask, cond) -> Prediction.
+
+    Args:
+        network: ``(x_t, c_noise, mask, cond, present) -> tensor like x_t``.
+        process: the Gaussian process it denoises.
+        precondition: one of ``PRECONDITIONS``.
+        sigma_data: standard deviation of the normalised data.
+        conditions: the declared conditions by name; each that is not given is passed as zeros with ``present`` false.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        process: GaussianProcess,
+        precondition: str = "edm",
+        sigma_data: float = 1.0,
+        conditions: Mapping[str, Condition] | None = None,
+    ) -> None:
+        super().__init__()
+        if precondition not in PRECONDITIONS:
+            raise unknown("precondition", precondition, PRECONDITIONS)
+        if not sigma_data > 0:
+            raise ConfigError(f"sigma_data = {sigma_data} must be positive: the data set seems to be constant")
+        self.network = network
+        self.process = process
+        self.precondition = precondition
+        self.sigma_data = float(sigma_data)
+        self.conditions = dict(conditions or {})
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        mask: Tensor | None = None,
+        cond: Mapping[str, Tensor] | None = None,
+        present: Mapping[str, Tensor] | None = None,
+    ) -> Prediction:
+        """Predict from states (b, *dims) at times () or (b,), float64.
+
+        Args:
+            x_t, t: state and time.
+            mask: valid elements, bool (b, n).
+            cond: conditions by name, each (b, ...); absent ones count as not present.
+            present: which items use a condition, bool (b,); default: all items of each condition in ``cond``.
+
+        Raises:
+            ConfigError: a condition that was not declared.
+        """
+        t = as_time(t)
+        numbers = preconditioning(self.precondition, self.process.schedule, t, self.sigma_data)
+        c_skip, c_out, c_in = (expand(c, x_t) for c in numbers[:3])
+        c_noise = numbers[3].to(device=x_t.device, dtype=torch.float32).expand(x_t.shape[0])
+        cond, present = self._complete(cond or {}, present or {}, x_t)
+        output = self.network(c_in * x_t, c_noise, mask, cond, present).to(x_t.dtype)
+        output = self.process.project(output, mask, cond.get("fixed"))
+        if self.precondition == "edm":
+            return Prediction(self.process, x_t, t, x0=c_skip * x_t + c_out * output)
+        return Prediction(self.process, x_t, t, **{self.precondition: c_out * output})
+
+    def _complete(
+        self, cond: Mapping[str, Tensor], present: Mapping[str, Tensor], x_t: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        for name in cond:
+            if name not in self.conditions:
+                raise unknown("condition", name, self.conditions)
+        b, device = x_t.shape[0], x_t.device
+        full, there = {}, {}
+        for name, condition in self.conditions.items():
+            if name in cond:
+                full[name] = cond[name]
+                there[name] = present.get(name, torch.ones(b, dtype=torch.bool, device=device))
+            else:
+                shape, dtype = condition.shape, condition.dtype
+                if name == "x0_hat":
+                    shape, dtype = tuple(x_t.shape[1:]), x_t.dtype
+                elif name == "fixed":
+                    shape, dtype = (x_t.shape[self.process.mask_axis],), torch.bool
+                full[name] = torch.zeros((b, *shape), dtype=dtype, device=device)
+                there[name] = torch.zeros(b, dtype=torch.bool, device=device)
+        return full, there
+
+    def bind(self, mask: Tensor | None = None, cond: Mapping[str, Tensor] | None = None) -> Denoise:
+        """Fix mask and conditions: what solvers and guides see is a function of state and time.
+
+        A network that declares ``x0_hat`` (self-conditioning) is given its own last prediction, none at first; bind
+        anew for each trajectory.
+        """
+        fixed_cond = dict(cond or {})
+        remembers = "x0_hat" in self.conditions
+
+        def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+            prediction = self(x_t, t, mask, fixed_cond)
+            if remembers:
+                fixed_cond["x0_hat"] = prediction.x0
+            return prediction
+
+        return denoise
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of trainable scalars."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def finite(state: Any) -> bool:
+    """Whether every number of a state is finite."""
+    return all(bool(torch.isfinite(leaf).all()) for leaf in leaves(state))

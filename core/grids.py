@@ -1,0 +1,158 @@
+"""Grids: where along t a solver puts its steps. They know neither the solver nor the modality."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from polydiff.core.errors import ScheduleError, unknown
+from polydiff.core.schedules import as_time
+
+if TYPE_CHECKING:
+    from polydiff.core.schedules import Schedule
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Decreasing times t_0 > ... > t_n in [0, 1].
+
+    Args:
+        times: the times; float64 numbers.
+        final: add one last interval from ``times[-1]`` to sigma = 0, which returns x0_hat; it counts as a step.
+
+    Raises:
+        ScheduleError: times that increase, repeat, are not finite or leave [0, 1]; fewer than one interval.
+    """
+
+    times: tuple[float, ...]
+    final: bool = False
+
+    def __post_init__(self) -> None:
+        times = tuple(float(t) for t in self.times)
+        object.__setattr__(self, "times", times)
+        if self.steps < 1:
+            raise ScheduleError(f"a grid of {len(times)} time(s) has no interval: give at least two, or final=True")
+        for k, t in enumerate(times):
+            if not 0 <= t <= 1:
+                raise ScheduleError(f"time {k} of the grid is {t}; times lie in [0, 1], 0 = data and 1 = noise")
+            if k and t >= times[k - 1]:
+                raise ScheduleError(f"times must decrease strictly, but time {k} is {t} after {times[k - 1]}")
+
+    @property
+    def steps(self) -> int:
+        """Number of intervals."""
+        return len(self.times) - 1 + self.final
+
+
+def _between(start: float, end: float, n: int) -> Tensor:
+    return torch.linspace(start, end, n, dtype=torch.float64)
+
+
+def uniform(schedule: Schedule, n: int, start: float, end: float) -> Tensor:
+    """Uniform in t."""
+    return _between(start, end, n)
+
+
+def _through_log_snr(
+    schedule: Schedule, n: int, start: float, end: float, of: Callable[[float], float], back: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Uniform in a function of log-SNR; the ends are put in exactly."""
+    ends = [float(schedule.log_snr(as_time(t))) for t in (start, end)]
+    if not all(math.isfinite(value) for value in ends):
+        raise ScheduleError(
+            f"this grid needs a finite log-SNR at both ends, but it is {ends[0]} at t = {start} and {ends[1]} at "
+            f"t = {end}: move t_start or t_end inside (0, 1), or take the uniform grid"
+        )
+    t = schedule.t_of_log_snr(back(_between(of(ends[0]), of(ends[1]), n)))
+    t[0] = start
+    if n > 1:
+        t[-1] = end
+    return t
+
+
+def log_snr(schedule: Schedule, n: int, start: float, end: float) -> Tensor:
+    """Uniform in log-SNR."""
+    return _through_log_snr(schedule, n, start, end, lambda value: value, lambda value: value)
+
+
+def karras(schedule: Schedule, n: int, start: float, end: float, rho: float = 7.0) -> Tensor:
+    """Uniform in (sigma/alpha)^(1/rho). Source: Karras 2022, eq. 5."""
+    return _through_log_snr(
+        schedule, n, start, end, lambda value: math.exp(-value / rho), lambda value: -rho * torch.log(value)
+    )
+
+
+def _discrete(indices: Tensor, length: int) -> Tensor:
+    return (indices.to(torch.float64) + 1) / length
+
+
+def ddpm_leading(schedule: Schedule, n: int, start: float, end: float, length: int = 1000) -> Tensor:
+    """Indices 0, r, 2r, ... of a discrete chain, r = length // n; index i stands at t = (i + 1)/length."""
+    return _discrete(torch.arange(n - 1, -1, -1) * (length // n), length)
+
+
+def ddpm_trailing(schedule: Schedule, n: int, start: float, end: float, length: int = 1000) -> Tensor:
+    """Indices length - 1, length - 1 - r, ... of a discrete chain, r = length / n, rounded."""
+    return _discrete((length - torch.arange(n, dtype=torch.float64) * (length / n)).round() - 1, length)
+
+
+def ddpm_linspace(schedule: Schedule, n: int, start: float, end: float, length: int = 1000) -> Tensor:
+    """Indices of a discrete chain evenly from length - 1 to 0, rounded."""
+    return _discrete(_between(length - 1, 0, n).round(), length)
+
+
+GRIDS: dict[str, Callable[..., Tensor]] = {
+    "uniform": uniform,
+    "log_snr": log_snr,
+    "karras": karras,
+    "ddpm-leading": ddpm_leading,
+    "ddpm-trailing": ddpm_trailing,
+    "ddpm-linspace": ddpm_linspace,
+}
+
+
+def make_grid(
+    name: str,
+    n: int,
+    process: Any,
+    t_start: float | None = None,
+    t_end: float | None = None,
+    final: bool = True,
+) -> Grid:
+    """Build a named grid of n intervals.
+
+    Args:
+        name: a name in ``GRIDS``.
+        n: number of intervals, the last one to sigma = 0 if ``final``.
+        process: gives the schedule and the default ends.
+        t_start, t_end: noisiest and least noisy time; default the process's t_max and t_min. The discrete chains
+            (``ddpm-*``) have their own.
+        final: whether the last interval returns x0_hat.
+
+    Raises:
+        ConfigError: unknown name. ScheduleError: n < 1, or ends at which the grid is not defined.
+    """
+    if name not in GRIDS:
+        raise unknown("grid", name, GRIDS)
+    if isinstance(n, bool) or int(n) != n or n < 1:
+        raise ScheduleError(f"steps = {n}: a grid has at least 1 interval")
+    start = process.t_max if t_start is None else float(t_start)
+    end = process.t_min if t_end is None else float(t_end)
+    if not 0 <= end < start <= 1:
+        raise ScheduleError(f"a grid runs down from t_start to t_end within [0, 1]; got {start} and {end}")
+    times = GRIDS[name](process.schedule, int(n) + (not final), start, end)
+    return Grid(tuple(times.tolist()), final)
+
+
+def as_grid(grid: str | Grid | Tensor | Sequence[float], steps: int, process: Any) -> Grid:
+    """Make a grid from what a caller has: a name (of ``steps`` intervals), a Grid, or explicit times (final=False)."""
+    if isinstance(grid, str):
+        return make_grid(grid, steps, process)
+    if isinstance(grid, Grid):
+        return grid
+    return Grid(tuple(torch.as_tensor(grid, dtype=torch.float64).tolist()))

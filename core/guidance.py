@@ -1,0 +1,53 @@
+"""Guides: functions that make a new Denoise from others. Solvers cannot tell them apart, and they compose."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from polydiff.core.denoiser import Denoise, Prediction
+from polydiff.core.errors import ConfigError
+
+
+def cfg(
+    conditional: Denoise, unconditional: Denoise, scale: float, interval: tuple[float, float] | None = None
+) -> Denoise:
+    r"""Classifier-free guidance, optionally only inside a window of the log signal-to-noise ratio.
+
+    .. math:: \hat x_0 = \hat x_0^u + w\,(\hat x_0^c - \hat x_0^u)
+
+    The same holds in every other field. Where the effective scale is 1 only ``conditional`` is called, where it is 0 only
+    ``unconditional``.
+
+    Args:
+        conditional, unconditional: two Denoise of the same network, with and without the condition.
+        scale: w; 1 is no guidance.
+        interval: (low, high) in log-SNR; outside of it w = 1.
+
+    Raises:
+        ConfigError: scale not finite, or an interval whose ends are out of order.
+
+    Source: Ho 2022, eq. 6 (their w is ours minus 1); Kynkaanniemi 2024, eq. 5 for the interval.
+    """
+    if not math.isfinite(scale):
+        raise ConfigError(f"guidance = {scale} must be a finite number")
+    if interval is not None and not interval[0] < interval[1]:
+        raise ConfigError(f"guidance interval {tuple(interval)} must be (low, high) in log-SNR with low < high")
+
+    def inside(prediction: Prediction) -> bool:
+        if interval is None:
+            return True
+        log_snr = prediction.process.schedule.log_snr(prediction.t)
+        return bool((log_snr >= interval[0]).all() and (log_snr <= interval[1]).all())
+
+    def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+        if scale == 0 and interval is None:
+            return unconditional(x_t, t)
+        with_condition = conditional(x_t, t)
+        if scale == 1 or not inside(with_condition):
+            return with_condition
+        without = unconditional(x_t, t).field(with_condition.given)
+        return with_condition.replace(without + scale * (with_condition.value - without))
+
+    return denoise

@@ -1,0 +1,224 @@
+r"""Continuous-time denoising score matching: time sampler x weight x target.
+
+Every parameterisation is the same loss :math:`W(t)\,|\hat x_0 - x_0|^2` with another weight. It is computed in the field
+that the network predicts, where nothing cancels: :math:`W b^2 |\hat p - p|^2` with :math:`b = \partial x_0/\partial p`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from polydiff.core.denoiser import coefficients
+from polydiff.core.errors import ConfigError, unknown
+from polydiff.core.schedules import Schedule, as_time
+from polydiff.core.tree import expand
+
+if TYPE_CHECKING:
+    from polydiff.core.adapter import Item
+    from polydiff.core.processes.gaussian import GaussianProcess
+
+RESERVED = ("fixed", "x0_hat")  # conditions that are never dropped at random
+
+
+# --- time samplers: quantile functions of u in (0, 1) -> t
+
+
+def _normal_quantile(u: Tensor) -> Tensor:
+    return math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-1 + 1e-15, 1 - 1e-15))
+
+
+def uniform(u: Tensor, schedule: Schedule) -> Tensor:
+    """Uniform in t on [t_min, t_max]."""
+    return schedule.t_min + u * (schedule.t_max - schedule.t_min)
+
+
+def uniform_log_snr(u: Tensor, schedule: Schedule) -> Tensor:
+    """Uniform in log-SNR between its values at t_min and t_max."""
+    ends = schedule.log_snr(as_time([schedule.t_min, schedule.t_max]).to(u.device))
+    return schedule.t_of_log_snr(ends[0] + u * (ends[1] - ends[0]))
+
+
+def log_normal(u: Tensor, schedule: Schedule, mean: float = -1.2, std: float = 1.2) -> Tensor:
+    """ln(sigma/alpha) ~ N(mean, std^2), clipped to [t_min, t_max]. Source: Karras 2022, table 1."""
+    return schedule.t_of_log_snr(-(mean + std * _normal_quantile(u))).clamp(schedule.t_min, schedule.t_max)
+
+
+def logit_normal(u: Tensor, schedule: Schedule, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """logit(t) ~ N(mean, std^2), stretched to [t_min, t_max]. Source: Esser 2024, eq. 19."""
+    return uniform(torch.sigmoid(mean + std * _normal_quantile(u)), schedule)
+
+
+TIMES: dict[str, Callable[..., Tensor]] = {
+    "uniform": uniform,
+    "log_snr": uniform_log_snr,
+    "log_normal": log_normal,
+    "logit_normal": logit_normal,
+}
+
+
+# --- weights W on |x0_hat - x0|^2, functions of (schedule, t, sigma_data)
+
+
+def _snr(schedule: Schedule, t: Tensor) -> Tensor:
+    return torch.exp(2 * schedule.log_snr(t))
+
+
+def _weight_score(schedule: Schedule, t: Tensor, sigma_data: float) -> Tensor:
+    return (schedule.alpha(t) / schedule.sigma(t) ** 2) ** 2
+
+
+def _weight_v(schedule: Schedule, t: Tensor, sigma_data: float) -> Tensor:
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    return ((alpha**2 + sigma**2) / sigma) ** 2
+
+
+def _weight_edm(schedule: Schedule, t: Tensor, sigma_data: float) -> Tensor:
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    return ((alpha * sigma_data) ** 2 + sigma**2) / (sigma * sigma_data) ** 2
+
+
+def _weight_min_snr(schedule: Schedule, t: Tensor, sigma_data: float, gamma: float = 5.0) -> Tensor:
+    return _snr(schedule, t).clamp(max=gamma)
+
+
+WEIGHTS: dict[str, Callable[..., Tensor]] = {
+    "eps": lambda schedule, t, sigma_data: _snr(schedule, t),  # the "simple" loss of DDPM, Ho 2020, eq. 14
+    "x0": lambda schedule, t, sigma_data: torch.ones_like(t),
+    "score": _weight_score,
+    "v": _weight_v,  # Salimans 2022, appendix D
+    "velocity": lambda schedule, t, sigma_data: (schedule.alpha(t) * schedule.dlog_snr(t)) ** 2,
+    "edm": _weight_edm,  # Karras 2022, table 1: 1 / c_out^2
+    "likelihood": lambda schedule, t, sigma_data: -schedule.dlog_snr(t) * _snr(schedule, t),  # Kingma 2021, eq. 15
+    "min_snr": _weight_min_snr,  # Hang 2023, section 3.4
+}
+WEIGHTS["simple"] = WEIGHTS["eps"]
+
+
+class Objective:
+    """Denoising score matching on batches of items.
+
+    Args:
+        process: a Gaussian process.
+        weight: a name in ``WEIGHTS``.
+        time: ``{"name": a name in TIMES, **parameters}``, or just the name.
+        stratified: spread the times of a batch evenly over the quantiles, which lowers the variance of the loss.
+        drop: probability with which each condition is dropped per item, one number or by condition.
+        terms: further loss terms by name, ``(function, weight)``.
+        sigma_data: standard deviation of the normalised data.
+    """
+
+    def __init__(
+        self,
+        process: GaussianProcess,
+        weight: str = "edm",
+        time: Mapping[str, Any] | str = "log_normal",
+        stratified: bool = True,
+        drop: float | Mapping[str, float] = 0.1,
+        terms: Mapping[str, tuple[Callable[..., Tensor], float]] | None = None,
+        sigma_data: float = 1.0,
+    ) -> None:
+        options = {"name": time} if isinstance(time, str) else dict(time)
+        name = options.pop("name", "log_normal")
+        if name not in TIMES:
+            raise unknown("time sampler", name, TIMES)
+        if weight not in WEIGHTS:
+            raise unknown("weight", weight, WEIGHTS)
+        rates = drop.values() if isinstance(drop, Mapping) else [drop]
+        if not all(0 <= rate <= 1 for rate in rates):
+            raise ConfigError(f"objective.drop = {drop} must be a probability between 0 and 1")
+        try:
+            TIMES[name](torch.full((1,), 0.5, dtype=torch.float64), process.schedule, **options)
+        except TypeError as error:
+            raise ConfigError(f"objective.time {name!r} does not take {sorted(options)}: {error}") from None
+        self.process, self.sigma_data, self.stratified, self.drop = process, sigma_data, stratified, drop
+        self._time, self._time_options, self._weight = TIMES[name], options, WEIGHTS[weight]
+        self.terms = dict(terms or {})
+
+    def times(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draw n times, float64, on the generator's device."""
+        u = torch.rand(n, generator=generator, dtype=torch.float64, device=generator.device)
+        if self.stratified:
+            u = (torch.arange(n, dtype=torch.float64, device=u.device) + u) / n
+        return self._time(u, self.process.schedule, **self._time_options)
+
+    def weight(self, t: Tensor) -> Tensor:
+        """W(t), the weight on the squared error of x0_hat."""
+        return self._weight(self.process.schedule, t, self.sigma_data)
+
+    def __call__(self, denoiser: nn.Module, item: Item, generator: torch.Generator) -> dict[str, Tensor]:
+        """Loss of one batch.
+
+        Args:
+            denoiser: ``(x_t, t, mask, cond, present) -> Prediction``.
+            item: a collated batch.
+            generator: source of times, noise and dropped conditions, on the batch's device.
+
+        Returns:
+            ``loss`` (b,) with all terms added, ``t`` (b,), and each further term (b,) by name, unweighted.
+        """
+        x0, mask, cond = item.x, item.mask, dict(item.cond)
+        b, fixed = x0.shape[0], cond.get("fixed")
+        t = self.times(b, generator)
+        z = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+        z = self.process.project(z, mask, fixed)
+        x_t = self.noised(x0, t, z, mask, fixed)
+        present = {}
+        for name in cond:
+            if name not in RESERVED:
+                rate = self.drop.get(name, 0.0) if isinstance(self.drop, Mapping) else self.drop
+                present[name] = torch.rand(b, generator=generator, device=x0.device) >= rate
+        if "x0_hat" in getattr(denoiser, "conditions", ()):
+            with torch.no_grad():
+                cond["x0_hat"] = denoiser(x_t, t, mask, cond, present).x0
+            present["x0_hat"] = torch.rand(b, generator=generator, device=x0.device) < 0.5
+        prediction = denoiser(x_t, t, mask, cond, present)
+        schedule, given = self.process.schedule, prediction.given
+        slope = coefficients(schedule, t, given, "x0")[1]
+        scale = (self.weight(t) * slope**2).to(device=x0.device, dtype=x0.dtype)
+        error = self._mean((prediction.value - _target(schedule, t, given, x0, z)) ** 2, mask, fixed)
+        out = {"loss": scale * error, "t": t}
+        for name, (function, factor) in self.terms.items():
+            out[name] = function(prediction, x0, t, mask, cond)
+            out["loss"] = out["loss"] + factor * out[name]
+        return out
+
+    def at(self, denoiser: nn.Module, item: Item, t: Tensor | float, generator: torch.Generator) -> Tensor:
+        """Mean squared error (b,) of x0_hat at one time, conditions present: the held-out loss per noise level."""
+        x0, mask, fixed = item.x, item.mask, item.cond.get("fixed")
+        z = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+        t = as_time(t)
+        x_t = self.noised(x0, t, self.process.project(z, mask, fixed), mask, fixed)
+        return self._mean((denoiser(x_t, t, mask, item.cond).x0 - x0) ** 2, mask, fixed)
+
+    def noised(self, x0: Tensor, t: Tensor, z: Tensor, mask: Tensor | None, fixed: Tensor | None) -> Tensor:
+        """State at t with the fixed elements left at x0."""
+        x_t = self.process.perturb(x0, t, z, mask)
+        if fixed is None:
+            return x_t
+        held = self.process.valid(x0, fixed)
+        return x_t if held is None else torch.where(held.bool(), x0, x_t)
+
+    def _mean(self, error: Tensor, mask: Tensor | None, fixed: Tensor | None) -> Tensor:
+        valid = self.process.valid(error, mask, fixed)
+        if valid is None:
+            return error.flatten(1).mean(1)
+        valid = valid.expand_as(error)
+        return (error * valid).flatten(1).sum(1) / valid.flatten(1).sum(1).clamp_min(1)
+
+
+def _target(schedule: Schedule, t: Tensor, given: str, x0: Tensor, z: Tensor) -> Tensor:
+    """The true value of a field, from x0 and the noise itself, where nothing cancels."""
+    if given == "x0":
+        return x0
+    if given == "eps":
+        return z
+    if given == "score":
+        return -z / expand(schedule.sigma(t), z)
+    if given == "v":
+        return expand(schedule.alpha(t), z) * z - expand(schedule.sigma(t), x0) * x0
+    return expand(schedule.dalpha(t), x0) * x0 + expand(schedule.dsigma(t), z) * z

@@ -1,0 +1,153 @@
+r"""The Gaussian process on R^d: :math:`x_t = \alpha(t)\,x_0 + \sigma(t)\,z` with standard normal z."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polydiff.core.denoiser import Prediction
+from polydiff.core.errors import ConfigError, ScheduleError, unknown
+from polydiff.core.noise import Noise
+from polydiff.core.schedules import SCHEDULES, Schedule, as_time
+from polydiff.core.tree import expand
+
+
+@dataclass(frozen=True)
+class GaussianProcess:
+    """Gaussian noising of a tensor (b, *dims), optionally restricted to its mean-free subspace.
+
+    Args:
+        schedule: alpha(t) and sigma(t).
+        mean_free: project data and noise on states whose valid elements average to zero along the mask axis, which
+            makes the process invariant to translations.
+        mask_axis: axis of the batch that masks (b, n) run along: 1, or -1 for the last.
+    """
+
+    schedule: Schedule
+    mean_free: bool = False
+    mask_axis: int = 1
+    kind = "gaussian"
+
+    @property
+    def t_min(self) -> float:
+        """The least noisy time of named grids."""
+        return self.schedule.t_min
+
+    @property
+    def t_max(self) -> float:
+        """The noisiest time of named grids, at which the prior stands."""
+        return self.schedule.t_max
+
+    def prior(self, like: Tensor, noise: Noise, mask: Tensor | None = None) -> Tensor:
+        """Draw the state at t_max from N(0, sigma(t_max)^2).
+
+        Args:
+            like: tensor (b, *dims) whose shape, dtype and device the result has.
+            noise: source of the draws, purpose ``"prior"``.
+            mask: valid elements, bool (b, n).
+        """
+        z = noise.draw(0, "prior", like, mask=mask)
+        return float(self.schedule.sigma(as_time(self.t_max))) * self.project(z, mask)
+
+    def perturb(self, x0: Tensor, t: Tensor, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        """State at t: alpha(t) x0 + sigma(t) z, for t of shape () or (b,); z is projected first."""
+        t = as_time(t)
+        alpha, sigma = expand(self.schedule.alpha(t), x0), expand(self.schedule.sigma(t), x0)
+        return alpha * x0 + sigma * self.project(z, mask)
+
+    def renoise(self, x_s: Tensor, s: Tensor, t: Tensor, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        r"""Go from s up to a noisier t along the forward process.
+
+        .. math:: x_t = r\,x_s + \sqrt{\sigma_t^2 - r^2\sigma_s^2}\;z, \qquad r = \alpha_t/\alpha_s
+        """
+        s, t = as_time(s), as_time(t)
+        if bool((t < s).any()):
+            raise ScheduleError(f"renoise goes from s to a later t, but t = {t.tolist()} is before s = {s.tolist()}")
+        ratio = self.schedule.alpha(t) / self.schedule.alpha(s)
+        variance = self.schedule.sigma(t) ** 2 - (ratio * self.schedule.sigma(s)) ** 2
+        return expand(ratio, x_s) * x_s + expand(variance.clamp_min(0).sqrt(), x_s) * self.project(z, mask)
+
+    def project(self, z: Tensor, mask: Tensor | None = None, fixed: Tensor | None = None) -> Tensor:
+        """Zero on padding and fixed elements; mean-free over the valid ones where declared.
+
+        Items with fixed elements keep their mean: ``collate`` has centred them on what is fixed.
+        """
+        valid = self.valid(z, mask, fixed)
+        if valid is not None:
+            z = z * valid
+        if not self.mean_free:
+            return z
+        axis = self.mask_axis
+        weight = torch.ones_like(z) if valid is None else valid.expand_as(z).to(z.dtype)
+        mean = z.sum(axis, keepdim=True) / weight.sum(axis, keepdim=True).clamp_min(1)
+        if fixed is not None:
+            free = ~fixed.any(dim=1)
+            mean = mean * free.to(z.dtype).reshape(-1, *[1] * (z.ndim - 1))
+        return z - weight * mean
+
+    def valid(self, like: Tensor, mask: Tensor | None, fixed: Tensor | None = None) -> Tensor | None:
+        """Generated elements as a 0/1 tensor that broadcasts against (b, *dims), or None when all of them are."""
+        if fixed is not None:
+            mask = ~fixed if mask is None else mask & ~fixed
+        if mask is None:
+            return None
+        axis = self.mask_axis % like.ndim
+        if mask.ndim != 2 or mask.shape != (like.shape[0], like.shape[axis]):
+            raise ConfigError(
+                f"a mask of shape {tuple(mask.shape)} does not fit a state {tuple(like.shape)}: "
+                f"(b, n) with n = {like.shape[axis]} along axis {self.mask_axis} is needed"
+            )
+        shape = [like.shape[0], *[1] * (like.ndim - 1)]
+        shape[axis] = like.shape[axis]
+        return mask.reshape(shape).to(like.dtype)
+
+    def log_prior(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Log density (b,) in nats of the prior N(0, sigma(t_max)^2) over valid elements (their mean-free subspace)."""
+        sigma = float(self.schedule.sigma(as_time(self.t_max)))
+        valid = self.valid(x, mask)
+        weight = torch.ones_like(x) if valid is None else valid.expand_as(x)
+        dims = weight.flatten(1).sum(1)
+        if self.mean_free:
+            axis = self.mask_axis % x.ndim
+            dims = dims - weight.amax(axis).flatten(1).sum(1)
+        return -0.5 * ((x * weight / sigma) ** 2).flatten(1).sum(1) - 0.5 * dims * math.log(2 * math.pi * sigma**2)
+
+    def rate(self, x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
+        """Velocity of the probability flow, f x - g2 score / 2."""
+        return prediction.velocity
+
+    def retract(self, x: Tensor, u: Tensor) -> Tensor:
+        """Exponential map: x + u."""
+        return x + u
+
+    def tangent(self, x: Tensor, y: Tensor) -> Tensor:
+        """Logarithm map: y - x."""
+        return y - x
+
+
+def gaussian(
+    schedule: str = "edm", mean_free: bool = False, mask_axis: int = 1, **parameters: float
+) -> GaussianProcess:
+    """Build a Gaussian process from names and numbers, as configurations hold them.
+
+    Args:
+        schedule: a name in ``SCHEDULES``.
+        mean_free, mask_axis: as in ``GaussianProcess``.
+        parameters: the schedule's own, e.g. ``sigma_max``.
+
+    Raises:
+        ConfigError: unknown schedule or parameter, or a parameter that is no number.
+    """
+    if schedule not in SCHEDULES:
+        raise unknown("schedule", schedule, SCHEDULES)
+    valid = inspect.signature(SCHEDULES[schedule]).parameters
+    for name, value in parameters.items():
+        if name not in valid:
+            raise unknown(f"parameter of the schedule {schedule!r}", name, valid)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"process.{name} = {value!r} must be a number")
+    return GaussianProcess(SCHEDULES[schedule](**parameters), mean_free, mask_axis)
