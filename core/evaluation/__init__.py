@@ -1,1 +1,1 @@
-
+"""How good samples are: features, distances, neighbours, intervals."""

@@ -1,0 +1,48 @@
+"""Bootstrap intervals for any statistic of a set of items."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def interval(
+    statistic: Callable[[Tensor], float],
+    n: int,
+    *,
+    seed: int = 0,
+    resamples: int = 200,
+    level: float = 0.95,
+    estimate: float | None = None,
+) -> tuple[float, float]:
+    """Percentile interval of a statistic over resamples of n items with replacement.
+
+    Args:
+        statistic: index set, int64 (n,) -> number.
+        n: number of items, at least 1.
+        seed: of the resampling; equal seeds give equal intervals.
+        resamples: how many index sets; 200 places a 95 % interval to about a tenth of its width.
+        level: coverage asked for.
+        estimate: where given, the resampled values are shifted to have this mean. For a statistic that is biased in
+            n (a Frechet distance): the repetitions of a resample add that bias once more and the plain interval can
+            lie wholly above the estimate it belongs to.
+    Returns:
+        Lower and upper end.
+    Source:
+        Efron & Tibshirani 1993, ch. 13.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draws = (torch.randint(n, (n,), generator=generator) for _ in range(resamples))
+    values = torch.tensor([statistic(index) for index in draws], dtype=torch.float64)
+    if estimate is not None:
+        values = values + (estimate - values.mean())
+    tail = (1 - level) / 2
+    low, high = values.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def mean_interval(values: Tensor, *, seed: int = 0, resamples: int = 200, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of the mean of values (n,)."""
+    return interval(lambda index: float(values[index].mean()), len(values), seed=seed, resamples=resamples, level=level)

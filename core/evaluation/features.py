@@ -1,0 +1,178 @@
+"""Features for evaluation: a small classifier trained on the real training split, or principal components.
+
+No downloaded weights: the classifier is trained once for a data set, in seconds for a small one, and kept beside it
+with everything needed to tell whether it still belongs to that data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polydiff.core.adapter import Item
+from polydiff.core.errors import DataError
+from polydiff.core.evaluation.classifier import VERSION, FeatureClassifier, Settings, classify, train
+
+log = logging.getLogger(__name__)
+
+
+def obtain(
+    store: Path | None,
+    training: Sequence[Item],
+    held_out: Sequence[Item] | None = None,
+    *,
+    seed: int = 0,
+    settings: Settings | None = None,
+) -> tuple[FeatureClassifier, dict[str, Any]]:
+    """The classifier of a data set: loaded where one is stored for just this data, else trained and stored.
+
+    It is stored as ``classifier-<key>.safetensors`` with a ``.json`` beside it; the key hashes the items, settings,
+    seed and code version. A stored one whose weights do not hash to the recorded value, or that cannot be read, is
+    trained anew with a warning: training is deterministic, so nothing is lost. A folder that cannot be written to
+    costs a warning and the training time again.
+
+    Args:
+        store: folder, made if missing; None to train without storing.
+        training: items with a class condition ``settings.label``.
+        held_out: items on which the accuracy is measured; never trained on.
+        seed: of initial weights, batches and augmentation.
+        settings: None for the defaults.
+    Returns:
+        The classifier in eval mode and its facts: accuracy (held-out, None without), seed, settings, data_sha256,
+        weights_sha256, classes, shape, version, n_train, n_held_out.
+    Raises:
+        DataError: no items, items without the label, or items of different shapes.
+    """
+    settings = settings or Settings()
+    x, y = stack(training), labels(training, settings.label)
+    classes = int(y.max()) + 1
+    tests = None if not held_out else (stack(held_out), labels(held_out, settings.label))
+    identity = {
+        "version": VERSION,
+        "data_sha256": _digest(x, y, *(tests or ())),
+        "settings": asdict(settings),
+        "seed": seed,
+        "shape": list(x.shape[1:]),
+        "classes": classes,
+        "n_train": len(x),
+        "n_held_out": 0 if tests is None else len(tests[0]),
+    }
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    path = None if store is None else Path(store) / f"classifier-{key}.safetensors"
+    model = _load(path, identity, settings) if path else None
+    fresh = model is None
+    if model is None:
+        model = train(x, y, classes=classes, seed=seed, settings=settings)
+    accuracy = None if tests is None else float((classify(model, tests[0]) == tests[1]).double().mean())
+    weights = _weights(model)
+    info = {**identity, "accuracy": accuracy, "weights_sha256": hashlib.sha256(weights).hexdigest()}
+    if path and fresh:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, weights)
+            _write(path.with_suffix(".json"), json.dumps(info, indent=2, sort_keys=True).encode() + b"\n")
+        except OSError as error:
+            log.warning("the classifier cannot be stored in %s (%s): it is trained again next time", store, error)
+    return model, info
+
+
+def principal(train: Tensor, components: int = 64) -> Callable[[Tensor], Tensor]:
+    """Fit principal components; the features for data without classes, on which no classifier can be trained.
+
+    Args:
+        train: (n, *dims), fitted on at most 4096 of them, evenly spaced.
+        components: how many at most; there are never more than n or than elements.
+    Returns:
+        The function (b, *dims) -> (b, components): projections, with unit variance on average over ``train``.
+    """
+    x = train[:: -(-len(train) // 4096)].flatten(1).double()
+    mean = x.mean(0)
+    _, values, basis = torch.linalg.svd(x - mean, full_matrices=False)
+    basis = basis[:components]
+    scale = (values[:components].square().mean() / max(len(x) - 1, 1)).sqrt().clamp_min(1e-12)
+    return lambda y: (y.flatten(1).double() - mean) @ basis.T / scale
+
+
+def stack(items: Sequence[Item]) -> Tensor:
+    """States of items as one tensor (n, *dims).
+
+    Raises:
+        DataError: no items, states that are not tensors of one shape, or a value that is not finite.
+    """
+    shapes = {tuple(item.x.shape) if isinstance(item.x, Tensor) else None for item in items}
+    if len(shapes) != 1 or None in shapes:
+        what = "no items" if not items else f"items of shapes {sorted(map(str, shapes))}"
+        raise DataError(f"these measures need items of one shape, got {what}")
+    x = torch.stack([item.x for item in items if isinstance(item.x, Tensor)]).float()
+    if not bool(x.isfinite().all()):
+        bad = int((~x.flatten(1).isfinite()).any(1).nonzero()[0])
+        raise DataError(f"item {bad} ({items[bad].id!r}) has values that are not finite: it cannot be evaluated")
+    return x
+
+
+def labels(items: Sequence[Item], name: str = "label") -> Tensor:
+    """Class of each item (n,) int64.
+
+    Raises:
+        DataError: an item has no such condition.
+    """
+    for i, item in enumerate(items):
+        if name not in item.cond:
+            raise DataError(f"item {i} ({item.id!r}) has no condition {name!r}: a classifier needs it on every item")
+    return torch.stack([item.cond[name] for item in items]).long()
+
+
+def _digest(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _weights(model: nn.Module) -> bytes:
+    from safetensors.torch import save
+
+    return save({name: value.contiguous() for name, value in model.state_dict().items()})
+
+
+def _load(path: Path, identity: dict[str, Any], settings: Settings) -> FeatureClassifier | None:
+    """The stored classifier, or None where there is none or it was altered."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    if not path.exists():
+        return None
+    try:
+        weights, info = path.read_bytes(), json.loads(path.with_suffix(".json").read_text())
+        if info["weights_sha256"] != hashlib.sha256(weights).hexdigest():
+            raise ValueError("its weights are not the ones that were stored")
+        model = FeatureClassifier(identity["shape"], identity["classes"], settings)
+        model.load_state_dict(load(weights))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        log.warning("stored classifier %s is not used (%s): training it anew", path.name, error)
+        return None
+    return model.eval()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write atomically: a reader sees the old file or the whole new one."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise

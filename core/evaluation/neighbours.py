@@ -1,0 +1,108 @@
+"""Nearest-neighbour measures on features: precision, recall, density, coverage, and distance to the training data.
+
+Every measure is a mean over items, and the functions return the value of each item: the caller takes the mean and
+can bootstrap it. Distance matrices are made in blocks of rows, so 10,000 x 10,000 items need a few tens of megabytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from polydiff.core.errors import DataError
+
+BLOCK_ELEMENTS = 4_000_000  # of one block of a distance matrix: 32 MB in float64
+
+
+def blocks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the Euclidean distance matrix between x (n, d) and y (m, d), float64, a block at a time.
+
+    |x|^2 + |y|^2 - 2 x.y is several times faster than differences, and off by up to 1e-7 of the largest norm where
+    the distance is near 0: what is below 1e-6 of it becomes 0, so that copies are at distance 0.
+    """
+    centre = y.double().mean(0)
+    x, y = x.double() - centre, y.double() - centre
+    floor = 1e-6 * max(float(x.norm(dim=1).max()), float(y.norm(dim=1).max()))
+    rows = max(1, BLOCK_ELEMENTS // len(y))
+    for start in range(0, len(x), rows):
+        part = slice(start, min(start + rows, len(x)))
+        distance = torch.cdist(x[part], y, compute_mode="use_mm_for_euclid_dist")
+        yield part, distance.masked_fill_(distance < floor, 0.0)
+
+
+def to_others(x: Tensor, k: int, rows: Tensor | None = None) -> Tensor:
+    """Distances of items to their k nearest other items, ascending.
+
+    Args:
+        x: (n, d) with n > k. An item is not its own neighbour; its duplicates are.
+        k: at least 1.
+        rows: which items, int64 (r,); None for all, r = n.
+    Returns:
+        (r, k) float64.
+    Raises:
+        DataError: too few items for k.
+    """
+    if len(x) <= k:
+        raise DataError(f"the {k}-th neighbour needs more than {k} items, got {len(x)}: evaluate more samples")
+    rows = torch.arange(len(x)) if rows is None else rows
+    out = []
+    for part, distance in blocks(x[rows], x):
+        own = rows[part]
+        distance[torch.arange(len(own)), own] = torch.inf
+        out.append(distance.topk(k, dim=1, largest=False).values)
+    return torch.cat(out)
+
+
+class Manifold(NamedTuple):
+    """Value of each item: precision and density (n_samples,), recall and coverage (n_reference,), float64."""
+
+    precision: Tensor
+    recall: Tensor
+    density: Tensor
+    coverage: Tensor
+
+
+def manifold(samples: Tensor, reference: Tensor, *, k: int = 3, k_density: int = 5) -> Manifold:
+    r"""Precision, recall, density and coverage of samples against a reference, item by item.
+
+    With B_k(z) the closed ball around z that reaches its k-th nearest neighbour in z's own set:
+
+    - precision of a sample: it lies in B_k(r) of some reference item r;
+    - recall of a reference item: it lies in B_k(s) of some sample s;
+    - density of a sample: the number of B_k'(r) it lies in, over k' (its mean may exceed 1);
+    - coverage of a reference item: some sample lies in its B_k'.
+
+    Recall and coverage depend on the number of samples; compare them at equal counts.
+
+    Args:
+        samples: features (n, d), n > k.
+        reference: features (m, d), m > k and m > k_density.
+        k: neighbours for precision and recall; 3 is the source's.
+        k_density: k', neighbours for density and coverage; 5 is the source's.
+    Source:
+        Kynkaanniemi et al. 2019 (arXiv 1904.06991), eqs. 1-3; Naeem et al. 2020 (arXiv 2002.09797), eqs. 5-6.
+    """
+    near = to_others(reference, max(k, k_density))
+    radius, radius_density, radius_samples = near[:, k - 1], near[:, k_density - 1], to_others(samples, k)[:, k - 1]
+    n, m = len(samples), len(reference)
+    out = Manifold(*(radius.new_zeros(length) for length in (n, m, n, m)))
+    for part, distance in blocks(samples, reference):
+        inside = distance <= radius_density
+        out.precision[part] = (distance <= radius).any(1).double()
+        out.density[part] = inside.sum(1).double() / k_density
+        out.recall.logical_or_((distance <= radius_samples[part, None]).any(0))
+        out.coverage.logical_or_(inside.any(0))
+    return out
+
+
+def nearest(x: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance (n,) float64 to the nearest of the training items, and its index (n,) int64; ties give the first."""
+    distances, indices = [], []
+    for _, distance in blocks(x, train):
+        value, index = distance.min(1)
+        distances.append(value)
+        indices.append(index)
+    return torch.cat(distances), torch.cat(indices)
