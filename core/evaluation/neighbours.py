@@ -85,8 +85,10 @@ def manifold(samples: Tensor, reference: Tensor, *, k: int = 3, k_density: int =
     Source:
         Kynkaanniemi et al. 2019 (arXiv 1904.06991), eqs. 1-3; Naeem et al. 2020 (arXiv 2002.09797), eqs. 5-6.
     """
-    near = to_others(reference, max(k, k_density))
-    radius, radius_density, radius_samples = near[:, k - 1], near[:, k_density - 1], to_others(samples, k)[:, k - 1]
+    slack = 1 + 1e-9  # a ball holds the neighbour on its surface in spite of round-off
+    near = to_others(reference, max(k, k_density)) * slack
+    radius, radius_density = near[:, k - 1], near[:, k_density - 1]
+    radius_samples = to_others(samples, k)[:, k - 1] * slack
     n, m = len(samples), len(reference)
     out = Manifold(*(radius.new_zeros(length) for length in (n, m, n, m)))
     for part, distance in blocks(samples, reference):

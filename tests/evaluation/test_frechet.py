@@ -1,0 +1,139 @@
+"""Frechet and kernel distances against closed forms and an independent program."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from polydiff.core.errors import DataError
+from polydiff.core.evaluation.frechet import (
+    KernelStatistic,
+    Moments,
+    cubic_kernel,
+    energy_kernel,
+    frechet_distance,
+    kernel_distance,
+    moments,
+    symmetric_sqrt,
+)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_moments_match_numpy():
+    x = normal(50, 7)
+    fitted = moments(x.float())
+    assert torch.allclose(fitted.cov, torch.cov(x.float().double().T), atol=1e-12)
+    assert torch.allclose(fitted.mean, x.float().double().mean(0), atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [20, 7, 1])
+def test_square_root_squares_to_the_matrix(rank: int):
+    factor = normal(20, rank)
+    matrix = factor @ factor.T
+    root = symmetric_sqrt(matrix)
+    assert torch.allclose(root @ root, matrix, rtol=0, atol=1e-12 * float(matrix.trace()))
+    assert torch.equal(root.isfinite(), torch.ones_like(root, dtype=torch.bool))
+    assert torch.linalg.matrix_rank(root, rtol=1e-7) == rank
+
+
+def test_closed_form_of_commuting_covariances():
+    basis = torch.linalg.qr(normal(12, 12))[0]
+    a, b = normal(12, seed=1).abs(), normal(12, seed=2).abs()
+    mean_a, mean_b = normal(12, seed=3), normal(12, seed=4)
+    one = Moments(mean_a, basis @ a.diag() @ basis.T, 100)
+    two = Moments(mean_b, basis @ b.diag() @ basis.T, 100)
+    expected = (mean_a - mean_b).square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+    assert frechet_distance(one, two) == pytest.approx(float(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [200, 12])
+def test_agrees_with_scipy(n: int):
+    from scipy.linalg import sqrtm
+
+    x, y = normal(200, 24) @ normal(24, 24, seed=5), 1.3 * normal(n, 24, seed=6) + 0.2
+    a, b = moments(x), moments(y)
+    cross = sqrtm(a.cov.numpy() @ b.cov.numpy()).real.trace()
+    expected = float((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace()) - 2 * cross
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-5 if n < 24 else 1e-9)
+    assert frechet_distance(y, x) == pytest.approx(frechet_distance(x, y), rel=1e-9)
+
+
+def test_rank_deficient_sets():
+    """Fewer items than dimensions: 0 to itself, and the closed form for two sets on orthogonal subspaces."""
+    x = normal(10, 64)
+    assert frechet_distance(x, x) < 1e-10
+    low, high = torch.zeros(30, 64), torch.zeros(30, 64)
+    low[:, :8], high[:, 32:40] = normal(30, 8, seed=1), normal(30, 8, seed=2)
+    a, b = moments(low), moments(high)
+    expected = float((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace())
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
+
+
+def test_shift_and_scale():
+    x = normal(300, 16)
+    assert frechet_distance(x, x + 0.5) == pytest.approx(16 * 0.25, rel=1e-10)
+    spread = float(moments(x).cov.trace())
+    assert frechet_distance(x - x.mean(0), 2 * (x - x.mean(0))) == pytest.approx(spread, rel=1e-10)
+
+
+@pytest.mark.parametrize("kernel", [cubic_kernel, energy_kernel])
+def test_kernel_distance_against_loops(kernel):
+    x, y = normal(9, 4), normal(7, 4, seed=1) + 0.3
+
+    def k(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a @ b / 4 + 1) ** 3) if kernel is cubic_kernel else -float((a - b).norm())
+
+    within = [sum(k(a, b) for a in s for b in s if a is not b) for s in (list(x), list(y))]
+    across = sum(k(a, b) for a in x for b in y) / 63
+    assert kernel_distance(x, y, kernel) == pytest.approx(within[0] / 72 + within[1] / 42 - 2 * across, rel=1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, {"subsets": 3, "size": 15}])
+def test_kernel_distance_is_unbiased(options: dict[str, int]):
+    """Mean over draws of one distribution is 0 within three standard errors; a shift of 0.3 is seen."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda n: torch.randn(n, 5, generator=generator)
+    same = torch.tensor([kernel_distance(draw(20), draw(30), generator=generator, **options) for _ in range(600)])
+    shifted = torch.tensor(
+        [kernel_distance(draw(20) + 0.3, draw(30), generator=generator, **options) for _ in range(600)]
+    )
+    error = float(same.std()) / 600**0.5
+    assert abs(float(same.mean())) < 3 * error
+    assert float(shifted.mean()) > 6 * error
+
+
+def test_energy_distance_is_cramers_in_one_dimension():
+    """On a line the (biased) energy distance is 2 int (F - G)^2; the unbiased one differs by the known diagonal terms."""
+    from scipy.stats import energy_distance
+
+    x, y = normal(40, 1), normal(55, 1, seed=1) * 1.5 + 1
+    means = [float(torch.cdist(s, s).mean()) for s in (x, y)]
+    biased = energy_distance(x[:, 0], y[:, 0]) ** 2
+    expected = biased + means[0] - means[0] * 40 / 39 + means[1] - means[1] * 55 / 54
+    assert kernel_distance(x, y, energy_kernel) == pytest.approx(expected, rel=1e-9)
+
+
+def test_resamples_leave_out_repetitions():
+    """Over many resamples the mean is the estimate; counting repetitions as pairs would add k(x, x) / n to it."""
+    x, y = normal(25, 6), normal(40, 6, seed=1)
+    statistic = KernelStatistic(x, y)
+    generator = torch.Generator().manual_seed(0)
+    values = torch.tensor([statistic(torch.randint(25, (25,), generator=generator)) for _ in range(2000)])
+    error = float(values.std()) / 2000**0.5
+    assert abs(float(values.mean()) - kernel_distance(x, y)) < 4 * error
+    bias = float(cubic_kernel(x, x).diagonal().mean()) / 25
+    assert bias > 20 * error
+
+
+def test_too_few_and_not_finite():
+    with pytest.raises(DataError, match="at least 2"):
+        moments(normal(1, 3))
+    with pytest.raises(DataError, match="at least 2"):
+        kernel_distance(normal(1, 3), normal(5, 3))
+    x = normal(5, 3)
+    x[3, 1] = torch.nan
+    with pytest.raises(DataError, match="item 3 are not finite"):
+        moments(x)
