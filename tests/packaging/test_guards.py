@@ -43,7 +43,12 @@ METHOD_DRAWS = {
     *("normal_", "uniform_", "random_", "bernoulli_", "exponential_", "geometric_", "cauchy_", "log_normal_"),
     *("multinomial", "bernoulli"),
 }
-SEEDED = {"numpy.random": {"default_rng", "Generator", "SeedSequence", "PCG64", "Philox"}, "random": {"Random"}}
+SEEDED = {
+    "numpy.random": {"default_rng", "Generator", "SeedSequence", "PCG64", "Philox", "RandomState"},
+    "random": {"Random"},
+}
+
+KEEPING = {"get_state", "set_state", "getstate", "setstate", "seed"}  # a checkpoint keeps the shared streams too
 
 Findings = Iterator[tuple[int, str]]
 
@@ -75,17 +80,22 @@ def imports_of(prefixes: Iterable[str]) -> Callable[[ast.AST], Findings]:
 
 
 def calls(tree: ast.AST) -> Iterator[tuple[ast.Call, str]]:
-    """Every call with the full name of what is called, ``from torch import randn as f`` followed back to torch.randn."""
+    """Every call with the full name of what is called; "?" stands for an object that was not imported.
+
+    ``from torch import randn as f`` is followed, so that ``f(3)`` is a call of torch.randn.
+    """
     origin = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            origin.update({alias.asname: alias.name for alias in node.names if alias.asname})
+            for alias in node.names:
+                top = alias.name.partition(".")[0]
+                origin[alias.asname or top] = alias.name if alias.asname else top
         elif isinstance(node, ast.ImportFrom) and not node.level:
             origin.update({alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names})
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             first, dot, rest = dotted(node.func).partition(".")
-            yield node, origin.get(first, first) + dot + rest
+            yield node, origin.get(first, "?" if dot else first) + dot + rest
 
 
 def speaks_of_modalities(tree: ast.AST) -> Findings:
@@ -118,7 +128,9 @@ def is_unsafe(tree: ast.AST) -> Findings:
     for node, name in calls(tree):
         if name in UNSAFE_CALLS or name.endswith((".extractall", ".read_pickle", ".unpack_archive")):
             yield node.lineno, f"calls {name}"
-        yield from ((node.lineno, "passes allow_pickle") for word in node.keywords if word.arg == "allow_pickle")
+        for word in node.keywords:
+            if word.arg == "allow_pickle" and not (isinstance(word.value, ast.Constant) and word.value.value is False):
+                yield node.lineno, "passes allow_pickle"
 
 
 def draws_globally(tree: ast.AST) -> Findings:
@@ -129,9 +141,9 @@ def draws_globally(tree: ast.AST) -> Findings:
             continue
         if owner in {"torch", "torch.Tensor"} and last in TORCH_DRAWS | LIKE_DRAWS:
             yield node.lineno, f"{name} without generator="
-        elif owner not in {"", "torch"} and not owner.startswith(("numpy", "random")) and last in METHOD_DRAWS:
+        elif owner.startswith("?") and last in METHOD_DRAWS:
             yield node.lineno, f".{last} without generator="
-        elif owner in SEEDED and not (last in SEEDED[owner] and node.args):
+        elif owner in SEEDED and last not in KEEPING and not (last in SEEDED[owner] and node.args):
             yield node.lineno, f"{name} draws from a shared or unseeded stream"
 
 
@@ -160,8 +172,9 @@ PLANTED = [
     (is_unsafe, "import pickle", "network.eval()"),
     (is_unsafe, "import torch as t\nt.load(f)", "safetensors.torch.load_file(f)\ncheckpoint.load(f)"),
     (is_unsafe, "from yaml import load\nload(text)", "yaml.safe_load(text)\njson.load(f)"),
-    (is_unsafe, "tarfile.open(f).extractall(d)", "archive.extractfile(member)"),
-    (is_unsafe, "np.load(f, allow_pickle=True)", "np.load(f)"),
+    (is_unsafe, "archive.extractall(d)", "archive.extractfile(member)"),
+    (is_unsafe, "import os\nos.system('ls')", "system('digits')"),
+    (is_unsafe, "np.load(f, allow_pickle=True)", "np.load(f, allow_pickle=False)"),
     (is_unsafe, "eval('1')", "self.executor(exec_time)"),
     (draws_globally, "import torch\ntorch.randn(3)", "import torch\ntorch.randn(3, generator=g)"),
     (draws_globally, "from torch import randn\nrandn(3)", "noise.randn(3)"),
@@ -169,7 +182,7 @@ PLANTED = [
     (draws_globally, "x.normal_()", "from torch import nn\nx.normal_(generator=g)\nnn.init.normal_(weight)"),
     (draws_globally, "import numpy as np\nnp.random.rand(3)", "import numpy as np\nnp.random.default_rng(0).normal()"),
     (draws_globally, "import numpy as np\nnp.random.default_rng()", "import numpy as np\nnp.random.default_rng(seed)"),
-    (draws_globally, "import random\nrandom.shuffle(x)", "import random\nrandom.Random(0).shuffle(x)"),
+    (draws_globally, "import random\nrandom.shuffle(x)", "import random\nr = random.Random(0)\nr.shuffle(x)"),
     (imports_of(FOLDERS), "from core.errors import ConfigError", "from polydiff.core.errors import ConfigError"),
     (imports_of(FOLDERS), "def f():\n    import modalities.image", "import coreutils\nfrom data_x import y"),
     (imports_of(["h5py"]), "def f():\n    import h5py", "import h5pyd"),
