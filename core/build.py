@@ -70,13 +70,13 @@ def build(
     if missing:
         raise ConfigError(f"the configuration has no section {missing[0]!r}")
     adapter = adapters.load(config["adapter"])
-    process = _call("process", adapter.process, (), config["process"])
+    process = construct("process", adapter.process, (), config["process"])
     sigma_data = float(facts.get("sigma_data", 1.0))
-    constructor, options = _network(adapter, config["network"], local)
+    constructor, options = find_network(adapter, config["network"], local)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        network = _call("network", constructor, (dict(facts),), options)
+        network = construct("network", constructor, (dict(facts),), options)
     if not isinstance(network, nn.Module):
         raise ConfigError(f"network {config['network']['name']!r} is no torch module but a {type(network).__name__}")
     wanted = dict(config["objective"])
@@ -86,8 +86,70 @@ def build(
     }
     conditions = {name: kind for name, kind in adapter.conditions.items() if _has(facts, name, kind.kind)}
     denoiser = Denoiser(network, process, precondition, sigma_data, conditions)
-    objective = _call("objective", Objective, (process,), {**wanted, "terms": terms, "sigma_data": sigma_data})
+    objective = construct("objective", Objective, (process,), {**wanted, "terms": terms, "sigma_data": sigma_data})
     return Built(adapter, process, denoiser, objective)
+
+
+def data_path(section: Mapping[str, Any]) -> Path:
+    """File of a ``data`` section; where it has moved, the prepared one of the same name, which embedded sets always have.
+
+    Raises:
+        DataError: it is not there; the message names the command that prepares it.
+    """
+    from polydiff import data
+
+    path = Path(section["path"]) if section.get("path") else None
+    if path is not None and (path.is_file() or section["name"] not in data.catalogue()):
+        return path
+    return data.locate(section["name"])
+
+
+def open_data(config: Mapping[str, Any], split: str, path: Path | None = None) -> Any:
+    """One split of the data set that a configuration names; ``path`` stands in for a file that has moved."""
+    section = config["data"]
+    adapter = adapters.load(config["adapter"])
+    return construct("data.options", adapter.dataset, (path or data_path(section), split), section["options"])
+
+
+def construct(
+    section: str, function: Callable[..., Any], arguments: tuple[Any, ...], options: Mapping[str, Any]
+) -> Any:
+    """Call a constructor with a section of the configuration.
+
+    Args:
+        section: its name, for messages.
+        function: what to call.
+        arguments: positional ones that the configuration does not hold.
+        options: the section.
+
+    Raises:
+        ConfigError: an option that the constructor does not know, that is missing or that it refuses.
+    """
+    check_options(section, function, len(arguments), options)
+    try:
+        return function(*arguments, **options)
+    except (TypeError, ValueError) as error:
+        strange = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        text = f"it takes no option {strange[1]!r}; its options: {', '.join(options)}" if strange else str(error)
+        raise ConfigError(f"{section}: {text}") from error
+
+
+def check_options(section: str, function: Callable[..., Any], n_arguments: int, options: Mapping[str, Any]) -> None:
+    """Refuse options that are not arguments of ``function`` beyond its first ``n_arguments``, and missing ones.
+
+    Raises:
+        ConfigError: naming the option and the nearest valid ones.
+    """
+    target = function.load() if isinstance(function, Lazy) else function
+    parameters = inspect.signature(target).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)][n_arguments:]
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        for name in options:
+            if name not in [p.name for p in named]:
+                raise unknown("option", f"{section}.{name}", (f"{section}.{p.name}" for p in named))
+    for p in named:
+        if p.default is p.empty and p.name not in options:
+            raise ConfigError(f"{section}.{p.name} has no value: give {section}.{p.name}=...")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -173,7 +235,10 @@ def resolve(target: str) -> Any:
     return found
 
 
-def _network(adapter: Adapter, section: Mapping[str, Any], local: bool) -> tuple[Callable[..., Any], dict[str, Any]]:
+def find_network(
+    adapter: Adapter, section: Mapping[str, Any], local: bool
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Constructor and options of a ``network`` section; see ``build`` for the errors."""
     options = dict(section)
     name = options.pop("name", None)
     if isinstance(name, str) and _IMPORT_PATH.match(name):
@@ -187,24 +252,6 @@ def _entry(kind: str, name: Any, table: Mapping[str, Any]) -> Any:
     if name not in table:
         raise unknown(kind, name, table)
     return table[name]
-
-
-def _call(section: str, function: Callable[..., Any], arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
-    """Call a constructor with a section of the configuration, naming the option it does not know."""
-    target = function.load() if isinstance(function, Lazy) else function
-    parameters = inspect.signature(target).parameters.values()
-    valid = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)][len(arguments) :]
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        for name in options:
-            if name not in valid:
-                raise unknown(f"option of {section}", name, valid)
-    needed = [p.name for p in parameters if p.name in valid and p.default is p.empty and p.name not in options]
-    if needed:
-        raise ConfigError(f"{section}.{needed[0]} has no value: give {section}.{needed[0]}=...")
-    try:
-        return target(*arguments, **options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{section}: {error}") from error
 
 
 def _has(facts: Mapping[str, Any], name: str, kind: str) -> bool:

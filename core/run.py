@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from polydiff.core.adapter import Adapter, Condition, Item
-from polydiff.core.build import Built, build, check_stored, read_config
+from polydiff.core.build import Built, build, check_stored, open_data, read_config
 from polydiff.core.denoiser import Denoise, Denoiser, finite
 from polydiff.core.errors import CheckpointError, ConfigError, DivergenceError, unknown
+from polydiff.core.grids import GRIDS
 from polydiff.core.guidance import cfg
 from polydiff.core.noise import Noise
 from polydiff.core.sampling import sample
+from polydiff.core.solvers.names import NAMES
 from polydiff.core.training import checkpoint as checkpoints
+from polydiff.core.training.state import load_weights
 from polydiff.core.tree import State, move, tree_map
 
 
@@ -30,6 +33,33 @@ class Settings:
     steps: int
     guidance: float = 1.0
     interval: tuple[float, float] | None = None
+
+
+def sampling_settings(
+    section: Mapping[str, Any],
+    solver: str | None = None,
+    grid: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+) -> Settings:
+    """A ``sampling`` section with what is not None put over it.
+
+    Raises:
+        ConfigError: an unknown solver or grid, or fewer than one step.
+    """
+    chosen = Settings(
+        solver=section["solver"] if solver is None else solver,
+        grid=section["grid"] if grid is None else grid,
+        steps=section["steps"] if steps is None else steps,
+        guidance=float(section.get("guidance", 1.0) if guidance is None else guidance),
+        interval=tuple(section["interval"]) if section.get("interval") else None,
+    )
+    if chosen.solver not in NAMES:
+        raise unknown("solver", chosen.solver, NAMES)
+    if chosen.grid not in GRIDS:
+        raise unknown("grid", chosen.grid, GRIDS)
+    positive(steps=chosen.steps)
+    return chosen
 
 
 class Run:
@@ -66,9 +96,7 @@ class Run:
             CheckpointError: no folder, no valid checkpoint, or one that was altered.
             ConfigError: its configuration names something that does not exist here.
         """
-        path = Path(path)
-        if not path.is_dir():
-            raise CheckpointError(f"{path}: no such run; train one with: polydiff train experiment=NAME run={path}")
+        path = check_folder(Path(path))
         if (path / "manifest.json").is_file():
             found, path = checkpoints.load(path), path.resolve().parents[1]
         else:
@@ -85,11 +113,7 @@ class Run:
         built = build(config, facts, local=network is not None)
         run = cls(path, config, facts, built, found.step)
         run.device = pick_device(device)
-        try:
-            run.denoiser.load_state_dict(found.ema)
-        except RuntimeError as error:
-            line = str(error).splitlines()[-1].strip()
-            raise CheckpointError(f"{found.path}: its weights do not fit its configuration: {line}") from error
+        load_weights(run.denoiser, found.ema, f"{found.path}/ema.safetensors")
         run.denoiser.to(run.device).eval().requires_grad_(False)
         run.checkpoint_path = found.path
         return run
@@ -102,23 +126,7 @@ class Run:
         guidance: float | None = None,
     ) -> Settings:
         """The run's own sampling settings with those given put over them; raises ConfigError for bad ones."""
-        from polydiff.core.grids import GRIDS
-        from polydiff.core.solvers.names import NAMES
-
-        own = self.config["sampling"]
-        chosen = Settings(
-            solver=own["solver"] if solver is None else solver,
-            grid=own["grid"] if grid is None else grid,
-            steps=own["steps"] if steps is None else steps,
-            guidance=float(own.get("guidance", 1.0) if guidance is None else guidance),
-            interval=tuple(own["interval"]) if own.get("interval") else None,
-        )
-        if chosen.solver not in NAMES:
-            raise unknown("solver", chosen.solver, NAMES)
-        if chosen.grid not in GRIDS:
-            raise unknown("grid", chosen.grid, GRIDS)
-        positive(steps=chosen.steps)
-        return chosen
+        return sampling_settings(self.config["sampling"], solver, grid, steps, guidance)
 
     def sample(
         self,
@@ -169,14 +177,11 @@ class Run:
             padded = indices + indices[-1:] * (0 if deterministic_batch is None else width - len(indices))
             x, frames = self._draw([blanks[i] for i in padded], padded, settings, seed, trajectory)
             for row, i in enumerate(indices):
-                meta = {
-                    "trajectory": tree_map(
-                        lambda *leaf: torch.stack(leaf), *(_cut(f, row, blanks[i].x) for f in frames)
-                    )
-                }
-                items[i] = Item(
-                    _cut(x, row, blanks[i].x), blanks[i].mask, values[i], f"sample-{i:05d}", meta if frames else {}
-                )
+                like, meta = blanks[i].x, {}
+                if frames:
+                    own = [_cut(frame, row, like) for frame in frames]
+                    meta["trajectory"] = tree_map(lambda *leaf: torch.stack(leaf), *own)
+                items[i] = Item(_cut(x, row, like), blanks[i].mask, values[i], f"sample-{i:05d}", meta)
         return [items[i] for i in range(n)]
 
     def conditions(self, cond: Mapping[str, Any], n: int) -> list[dict[str, Tensor]]:
@@ -203,8 +208,7 @@ class Run:
             split: ``train``, ``test`` or ``valid``.
             path: its file, when it is no longer where the configuration says.
         """
-        data = self.config["data"]
-        return self.adapter.dataset(locate_data(data) if path is None else path, split, **data["options"])
+        return open_data(self.config, split, None if path is None else Path(path))
 
     def _condition(self, name: str, condition: Condition, value: Any) -> Tensor | None:
         if value is None:
@@ -273,15 +277,11 @@ class Run:
         return cfg(conditional, self.denoiser.bind(mask), settings.guidance, settings.interval)
 
 
-def locate_data(section: Mapping[str, Any]) -> Path:
-    """File of a configuration's ``data`` section; an embedded data set is prepared when it is not there yet.
-
-    Raises:
-        DataError: it is not there; the message names the command that prepares it.
-    """
-    from polydiff import data
-
-    return Path(section["path"]) if section.get("path") else data.locate(section["name"])
+def check_folder(path: Path) -> Path:
+    """The folder of a run, if there is one; else CheckpointError says how to make it."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such run; train one with: polydiff train experiment=NAME run={path}")
+    return path
 
 
 def pick_device(name: str) -> torch.device:

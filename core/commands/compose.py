@@ -96,7 +96,7 @@ class _Composer:
         missing = [key for key, value in _leaves(config) if value == "???"]
         if missing:
             raise ConfigError(f"{missing[0]} has no value: give {missing[0]}=...")
-        return {"experiment": choices["experiment"], **config}
+        return {"experiment": choices["experiment"], "adapter": config.pop("adapter"), **config}
 
     def _sort(self, words: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
         """Separate choices of groups from values of keys."""
@@ -208,10 +208,12 @@ def _like(key: str, base: Any, value: Any, closed: bool = False) -> Any:
                 if name not in base:
                     raise unknown("key", dot + name, [dot + other for other in base])
         return {n: _like(dot + n, base[n], v, closed) if n in base else v for n, v in value.items()}
-    if base is None or base == "???" or value == "???" or (value is None and key in NULLABLE):
+    if base is None or base == "???" or value == "???" or (value is None and key in NULLABLE) or key in FREE:
         return value
     if isinstance(base, float) and type(value) is int:
         return float(value)
+    if key.startswith("network.") and isinstance(value, list) != isinstance(base, list):
+        return value  # one number for all levels, or one for each: the network knows
     if type(value) is not type(base):
         raise ConfigError(f"{key}={value!r} must be {_KINDS[type(base)]}, as in {key}={base}")
     if isinstance(base, list) and base:
@@ -219,7 +221,8 @@ def _like(key: str, base: Any, value: Any, closed: bool = False) -> Any:
     return value
 
 
-NULLABLE = ("trainer.clip", "data.path")
+NULLABLE = ("trainer.clip", "optim.ema_warmup", "data.path")
+FREE = ("objective.drop",)  # one number, or one for each condition
 _KINDS = {
     int: "a whole number",
     float: "a number",
