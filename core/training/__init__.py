@@ -1,1 +1,1 @@
-
+"""Training: one loop, exact resume, checkpoints that are whole or not there."""
