@@ -92,7 +92,7 @@ def test_every_cited_paper_is_in_the_bibliography() -> None:
         years = {entry["year"], *(f"20{number[:2]}" for number in [entry.get("eprint")] if number)}
         surnames = {plain(author.partition(",")[0]) for author in entry["author"].split(" and ")}
         known |= {(surname, year) for surname in surnames for year in years}
-    cited = {}
+    cited: dict[tuple[str, str], Path] = {}
     for path in (path for folder in ("core", "modalities") for path in sorted((ROOT / folder).rglob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
