@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from polydiff.data.h5 import Reader
 
 
 class Stored(Dataset[Item]):
-    """The items of one split; every column with class names becomes a condition.
+    """The items of one split.
 
     Args:
         reader: the open file.
@@ -24,6 +24,7 @@ class Stored(Dataset[Item]):
         modality: what the file must hold.
         encode: the codec's: raw array of one item or a batch (a dictionary of them, if there are several) -> State.
         size: what the adapter's ``shape`` takes, for the facts.
+        conditions: columns that become conditions, where the file has them with class names; others are left aside.
         memory_mb: a split that needs less than this once encoded as float32 is held in memory; a larger one, and a
             ragged one, is read item by item.
     Attributes:
@@ -40,6 +41,7 @@ class Stored(Dataset[Item]):
         modality: str,
         encode: Callable[[Any], State],
         size: Mapping[str, Any],
+        conditions: Sequence[str] = ("label",),
         memory_mb: float = 512.0,
     ):
         if reader.attributes["modality"] != modality:
@@ -52,7 +54,8 @@ class Stored(Dataset[Item]):
         self.reader, self.encode = reader, encode
         self._rows = reader.rows(split)
         self._ids = [str(name) for name in reader.columns["id"][self._rows]]
-        self._classes = {name: torch.from_numpy(reader.columns[name][self._rows]).long() for name in reader.names}
+        classes = {name: reader.names[name] for name in conditions if name in reader.names}
+        self._labels = {name: torch.from_numpy(reader.columns[name][self._rows].astype("int64")) for name in classes}
         self._x: State | None = None
         n_bytes = 4 * len(self) * sum(math.prod(shape) for shape in reader.shapes.values())
         if reader.offsets is None and n_bytes <= memory_mb * 1e6:
@@ -63,7 +66,7 @@ class Stored(Dataset[Item]):
             "sha256": reader.attributes["sha256"],
             "sigma_data": reader.attributes["sigma_data"],
             "size": dict(size),
-            "classes": dict(reader.names),
+            "classes": classes,
         }
 
     def __len__(self) -> int:
@@ -72,7 +75,10 @@ class Stored(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         index = range(len(self))[index]
         x = take(self._x, index) if self._x is not None else self.encode(_single(self.reader.item(self._rows[index])))
-        return Item(x, None, {name: values[index] for name, values in self._classes.items()}, self._ids[index])
+        return Item(x, None, {name: values[index] for name, values in self._labels.items()}, self._ids[index])
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self[index] for index in range(len(self)))
 
     def __getitems__(self, indices: Sequence[int]) -> list[Item]:
         """The items of a batch; a torch DataLoader calls this once instead of once an item."""

@@ -48,17 +48,18 @@ def write(path: str | Path, table: Table) -> Path:
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _fill(temporary, table)
-        Reader(temporary).close()
-        _sync(temporary)
-        temporary.replace(path)
+        try:
+            _fill(temporary, table)
+            Reader(temporary).close()
+            _sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
         if os.name == "posix":
             _sync(path.parent)
     except OSError as error:
         reason = error.strerror or str(error).splitlines()[0]
         raise DataError(f"cannot write {path}: {reason}; free space or set POLYDIFF_DATA to another folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -18,7 +18,6 @@ from numpy import pi
 from polydiff.data.table import Table
 
 TRAIN, TEST = 8000, 2000
-NODES = 512  # of the quadrature along a curve: their distance is below half of the smallest noise
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,13 @@ class Curves:
         curves: u (n,) -> points (classes, n, 2).
         noise: standard deviation of the blur, in the units of the curves.
         names: one a class.
+        nodes: of the quadrature along a curve; 512 are less than half of the smallest noise apart.
     """
 
     curves: Callable[[np.ndarray], np.ndarray]
     noise: float
     names: tuple[str, ...]
+    nodes: int = 512
 
 
 def _turn(angle: np.ndarray, radius: np.ndarray | float = 1.0) -> np.ndarray:
@@ -62,7 +63,7 @@ CURVES = {
     "moons": Curves(_moons, 0.1, ("upper", "lower")),
     "rings": Curves(_rings, 0.1, ("inner", "middle", "outer")),
     "spiral": Curves(_spiral, 0.3, ("first", "second")),
-    "gaussians8": Curves(_gaussians8, 0.1, tuple("01234567")),
+    "gaussians8": Curves(_gaussians8, 0.1, tuple("01234567"), nodes=1),
 }
 # Dark cells of a 4x4 board on [-2, 2]^2, by their lower left corner; each row and column has two, so that either
 # coordinate is uniform: mean 0, variance 4/3.
@@ -109,12 +110,12 @@ def log_prob(name: str, points: np.ndarray) -> np.ndarray:
         is_inside = (cell[:, None] == CELLS).all(-1).any(-1)
         return np.where(is_inside, np.log(BOARD_SCALE**2 / len(CELLS)), -np.inf)
     toy, (centre, scale) = CURVES[name], _moments(name)
-    u, weights = _quadrature()
+    u, weights = _quadrature(toy.nodes)
     c = toy.curves(u).reshape(-1, 2)
     weights = np.tile(weights, len(toy.names)) / len(toy.names) * scale**2 / (2 * pi * toy.noise**2)
     logs = []
     for x in np.array_split(centre + scale * points, 1 + len(points) // 256):
-        squares = ((x[:, None] - c) ** 2).sum(-1) / toy.noise**2
+        squares = ((x**2).sum(-1)[:, None] + (c**2).sum(-1) - 2 * x @ c.T) / toy.noise**2
         nearest = squares.min(axis=1, keepdims=True)  # keeps the largest exponential at 1 far from every curve
         logs.append(np.log(np.exp((nearest - squares) / 2) @ weights) - nearest[:, 0] / 2)
     return np.concatenate(logs)
@@ -142,16 +143,17 @@ def recipe(name: str, source: Path | None) -> Table:
 
 
 @cache
-def _quadrature() -> tuple[np.ndarray, np.ndarray]:
-    nodes, weights = np.polynomial.legendre.leggauss(NODES)
+def _quadrature(n: int) -> tuple[np.ndarray, np.ndarray]:
+    nodes, weights = np.polynomial.legendre.leggauss(n)
     return (nodes + 1) / 2, weights / 2
 
 
 @cache
 def _moments(name: str) -> tuple[np.ndarray, float]:
     """Mean (2,) and the root of the variance averaged over the two axes."""
-    u, weights = _quadrature()
-    c = CURVES[name].curves(u)
+    toy = CURVES[name]
+    u, weights = _quadrature(toy.nodes)
+    c = toy.curves(u)
     centre = np.einsum("knd,n->d", c, weights) / len(c)
-    variance = np.einsum("knd,n->", (c - centre) ** 2, weights) / (2 * len(c)) + CURVES[name].noise ** 2
+    variance = np.einsum("knd,n->", (c - centre) ** 2, weights) / (2 * len(c)) + toy.noise**2
     return centre, float(variance) ** 0.5

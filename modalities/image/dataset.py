@@ -9,6 +9,7 @@ import torch
 
 from polydiff.core.adapter import Item
 from polydiff.core.errors import DataError
+from polydiff.core.tree import tree_map
 from polydiff.data.dataset import Stored
 from polydiff.data.h5 import Reader
 from polydiff.modalities.image.codec import Codec
@@ -39,5 +40,4 @@ class Images(Stored):
         """Mirror the image with probability 1/2 if ``flip`` is on."""
         if not self.flip or torch.rand((), generator=generator) < 0.5:
             return item
-        assert isinstance(item.x, torch.Tensor)  # noqa: S101 - an image is one tensor
-        return replace(item, x=item.x.flip(-1))
+        return replace(item, x=tree_map(lambda x: x.flip(-1), item.x))

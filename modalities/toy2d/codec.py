@@ -35,8 +35,8 @@ class Codec:
         """A point (2,) from ``.csv`` (a header ``x,y`` and one line) or ``.npy``; else DataError."""
         path = Path(path)
         try:
-            if path.stat().st_size > 4096:
-                raise ValueError("more than 4096 bytes")
+            if not 0 < path.stat().st_size <= 4096:
+                raise ValueError("empty or longer than 4096 bytes")
             is_npy = path.suffix == ".npy"
             raw = np.load(path, mmap_mode="r") if is_npy else np.loadtxt(path, delimiter=",", skiprows=1)
             if raw.shape != (2,) or raw.dtype.kind != "f" or not np.isfinite(raw).all():
