@@ -130,7 +130,7 @@ def construct(
         return function(*arguments, **options)
     except (TypeError, ValueError) as error:
         strange = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        text = f"it takes no option {strange[1]!r}; its options: {', '.join(options)}" if strange else str(error)
+        text = f"it takes no option {strange[1]!r}" if strange else str(error)
         raise ConfigError(f"{section}: {text}") from error
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from polydiff import __version__
@@ -35,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return OK
     debug = os.environ.get("POLYDIFF_DEBUG", "") not in ("", "0")
     try:
-        return _run(words[0], words[1:])
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.showwarning = _show_warning  # type: ignore[assignment]
+            return _run(words[0], words[1:])
     except PolydiffError as error:
         if debug:
             raise
@@ -79,6 +83,10 @@ def _run(verb: str, words: list[str]) -> int:
         print(f"polydiff {verb}: {summary}\n\nusage: polydiff {verb} {usage}\n\n{command.explain()}")
         return OK
     return command.main(words)
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    print(f"polydiff: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _fail(verb: str, message: str, code: int) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Module = TypeVar("Module", bound=nn.Module)
 
-class EMA:
+
+class EMA(Generic[Module]):
     r"""A second copy of a module that trails the first.
 
     .. math:: \bar\theta \leftarrow \bar\theta + (1 - 2^{-n/h})(\theta - \bar\theta),
@@ -26,8 +28,8 @@ class EMA:
         NVlabs/edm training_loop.py, ``ema_halflife_nimg`` and ``ema_rampup_ratio``.
     """
 
-    def __init__(self, module: nn.Module, halflife_items: float, warmup: float | None = 0.05) -> None:
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+    def __init__(self, module: Module, halflife_items: float, warmup: float | None = 0.05) -> None:
+        self.module: Module = copy.deepcopy(module).eval().requires_grad_(False)
         self.halflife, self.warmup = float(halflife_items), float(warmup or 0.0)
         self._average: list[Tensor] = list(self.module.parameters())
         self._current: list[Tensor] = list(module.parameters())
