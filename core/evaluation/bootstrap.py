@@ -16,6 +16,7 @@ def interval(
     resamples: int = 200,
     level: float = 0.95,
     estimate: float | None = None,
+    strata: Tensor | None = None,
 ) -> tuple[float, float]:
     """Percentile interval of a statistic over resamples of n items with replacement.
 
@@ -27,15 +28,21 @@ def interval(
         level: coverage asked for.
         estimate: where given, the resampled values are shifted to have this mean. For a statistic that is biased in
             n (a Frechet distance): the repetitions of a resample add that bias once more and the plain interval can
-            lie wholly above the estimate it belongs to.
+            lie wholly above the estimate it belongs to. Likewise for an unbiased one with strata.
+        strata: int64 (n,), a group of each item; every resample then keeps the size of each group. For samples whose
+            classes were chosen, not drawn: their shares do not vary from set to set.
     Returns:
         Lower and upper end.
     Source:
         Efron & Tibshirani 1993, ch. 13.
     """
     generator = torch.Generator().manual_seed(seed)
-    draws = (torch.randint(n, (n,), generator=generator) for _ in range(resamples))
-    values = torch.tensor([statistic(index) for index in draws], dtype=torch.float64)
+    groups = [torch.arange(n)] if strata is None else [(strata == s).nonzero()[:, 0] for s in strata.unique()]
+
+    def draw() -> Tensor:
+        return torch.cat([g[torch.randint(len(g), (len(g),), generator=generator)] for g in groups])
+
+    values = torch.tensor([statistic(draw()) for _ in range(resamples)], dtype=torch.float64)
     if estimate is not None:
         values = values + (estimate - values.mean())
     tail = (1 - level) / 2

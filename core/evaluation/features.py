@@ -36,50 +36,54 @@ def obtain(
 ) -> tuple[FeatureClassifier, dict[str, Any]]:
     """The classifier of a data set: loaded where one is stored for just this data, else trained and stored.
 
-    It is stored as ``classifier-<key>.safetensors`` with a ``.json`` beside it; the key hashes the items, settings,
-    seed and code version. A stored one whose weights do not hash to the recorded value, or that cannot be read, is
+    It is stored as ``classifier-<key>.safetensors`` with a ``.json`` beside it; the key hashes the training items,
+    settings, seed and code version. A stored one whose weights do not hash to the recorded value, or that cannot be read, is
     trained anew with a warning: training is deterministic, so nothing is lost. A folder that cannot be written to
     costs a warning and the training time again.
 
     Args:
         store: folder, made if missing; None to train without storing.
         training: items with a class condition ``settings.label``.
-        held_out: items on which the accuracy is measured; never trained on.
+        held_out: items on which the accuracy is measured, if they have the condition; never trained on.
         seed: of initial weights, batches and augmentation.
         settings: None for the defaults.
     Returns:
-        The classifier in eval mode and its facts: accuracy (held-out, None without), seed, settings, data_sha256,
-        weights_sha256, classes, shape, version, n_train, n_held_out.
+        The classifier in eval mode and its facts, those of the ``.json``: accuracy (on the held-out items, None
+        without), seed, settings, data_sha256, weights_sha256, classes, shape, version, n_train, n_held_out.
     Raises:
         DataError: no items, items without the label, or items of different shapes.
     """
     settings = settings or Settings()
     x, y = stack(training), labels(training, settings.label)
+    if y is None:
+        raise DataError(f"a classifier needs the condition {settings.label!r} on every item to learn from")
     classes = int(y.max()) + 1
-    tests = None if not held_out else (stack(held_out), labels(held_out, settings.label))
     identity = {
         "version": VERSION,
-        "data_sha256": _digest(x, y, *(tests or ())),
+        "data_sha256": _digest(x, y),
         "settings": asdict(settings),
         "seed": seed,
         "shape": list(x.shape[1:]),
         "classes": classes,
         "n_train": len(x),
-        "n_held_out": 0 if tests is None else len(tests[0]),
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     path = None if store is None else Path(store) / f"classifier-{key}.safetensors"
-    model = _load(path, identity, settings) if path else None
-    fresh = model is None
+    model, stored = _load(path, FeatureClassifier(x.shape[1:], classes, settings)) if path else (None, None)
     if model is None:
         model = train(x, y, classes=classes, seed=seed, settings=settings)
-    accuracy = None if tests is None else float((classify(model, tests[0]) == tests[1]).double().mean())
-    weights = _weights(model)
-    info = {**identity, "accuracy": accuracy, "weights_sha256": hashlib.sha256(weights).hexdigest()}
-    if path and fresh:
+    weights, truth = _weights(model), labels(held_out, settings.label)
+    info = {
+        **identity,
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "accuracy": None if truth is None else _accuracy(model, stack(held_out or ()), truth),
+        "n_held_out": len(held_out or ()),
+    }
+    if path and info != stored:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, weights)
+            if stored is None:
+                _write(path, weights)
             _write(path.with_suffix(".json"), json.dumps(info, indent=2, sort_keys=True).encode() + b"\n")
         except OSError as error:
             log.warning("the classifier cannot be stored in %s (%s): it is trained again next time", store, error)
@@ -120,16 +124,11 @@ def stack(items: Sequence[Item]) -> Tensor:
     return x
 
 
-def labels(items: Sequence[Item], name: str = "label") -> Tensor:
-    """Class of each item (n,) int64.
-
-    Raises:
-        DataError: an item has no such condition.
-    """
-    for i, item in enumerate(items):
-        if name not in item.cond:
-            raise DataError(f"item {i} ({item.id!r}) has no condition {name!r}: a classifier needs it on every item")
-    return torch.stack([item.cond[name] for item in items]).long()
+def labels(items: Sequence[Item] | None, name: str = "label") -> Tensor | None:
+    """Class of each item (n,) int64; None where there are no items or one of them has no such condition."""
+    if not items or any(name not in item.cond for item in items):
+        return None
+    return torch.stack([torch.as_tensor(item.cond[name]) for item in items]).long()
 
 
 def _digest(*tensors: Tensor) -> str:
@@ -146,23 +145,26 @@ def _weights(model: nn.Module) -> bytes:
     return save({name: value.contiguous() for name, value in model.state_dict().items()})
 
 
-def _load(path: Path, identity: dict[str, Any], settings: Settings) -> FeatureClassifier | None:
-    """The stored classifier, or None where there is none or it was altered."""
+def _accuracy(model: FeatureClassifier, x: Tensor, y: Tensor) -> float:
+    return float((classify(model, x) == y).double().mean())
+
+
+def _load(path: Path, model: FeatureClassifier) -> tuple[FeatureClassifier, dict[str, Any]] | tuple[None, None]:
+    """The model with the stored weights, in eval mode, and its facts; None where there are none or they were altered."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     if not path.exists():
-        return None
+        return None, None
     try:
-        weights, info = path.read_bytes(), json.loads(path.with_suffix(".json").read_text())
+        weights, info = path.read_bytes(), json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         if info["weights_sha256"] != hashlib.sha256(weights).hexdigest():
             raise ValueError("its weights are not the ones that were stored")
-        model = FeatureClassifier(identity["shape"], identity["classes"], settings)
         model.load_state_dict(load(weights))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         log.warning("stored classifier %s is not used (%s): training it anew", path.name, error)
-        return None
-    return model.eval()
+        return None, None
+    return model.eval(), info
 
 
 def _write(path: Path, content: bytes) -> None:

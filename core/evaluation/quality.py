@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,14 @@ SMALLEST = 6  # items: coverage asks for a fifth neighbour
 LIMIT = 10_000  # reference items in measures that compare every pair; larger references are thinned at random
 
 
-def quality(samples: Tensor, reference: Tensor, held_out: Tensor | None = None, *, seed: int = 0) -> dict[str, Metric]:
+def quality(
+    samples: Tensor,
+    reference: Tensor,
+    held_out: Tensor | None = None,
+    *,
+    classes: Tensor | None = None,
+    seed: int = 0,
+) -> dict[str, Metric]:
     """Frechet and kernel distance, precision, recall, density and coverage on features.
 
     ``real`` is the same measure of the held-out items against the same reference, at the same count (a random subset
@@ -26,16 +35,17 @@ def quality(samples: Tensor, reference: Tensor, held_out: Tensor | None = None, 
     Args:
         samples: features (n, d), n >= 6.
         reference: features (m, d) of the training split, m >= 6.
-        held_out: features (h, d) of real items that were not trained on; None leaves ``real`` empty.
+        held_out: features (h, d) of real items that were not trained on; None or fewer than 6 leave ``real`` empty.
+        classes: int64 (n,), classes that were asked for; resamples of the samples then keep their shares.
         seed: of resampling and subsets.
     Returns:
         ``frechet_distance``, ``kernel_distance`` (0 is best, in squared units of the features), ``precision``,
         ``recall``, ``coverage`` (0 to 1, 1 is best) and ``density`` (1 is like the reference).
     Raises:
-        DataError: fewer than 6 items in a set.
+        DataError: fewer than 6 samples or reference items.
     """
-    for name, features in (("samples", samples), ("reference items", reference), ("held-out items", held_out)):
-        if features is not None and len(features) < SMALLEST:
+    for name, features in (("samples", samples), ("reference items", reference)):
+        if len(features) < SMALLEST:
             raise DataError(f"quality measures need at least {SMALLEST} {name}, got {len(features)}")
     n, fitted = len(samples), moments(reference)
     thin = subset(reference, LIMIT, seed)
@@ -46,15 +56,18 @@ def quality(samples: Tensor, reference: Tensor, held_out: Tensor | None = None, 
         "kernel_distance": kernel(torch.arange(n)),
         **{name: float(value.mean()) for name, value in each.items()},
     }
+
+    def resampled(name: str, statistic: Callable[[Tensor], float]) -> tuple[float, float]:
+        return interval(statistic, n, seed=seed, estimate=values[name], strata=classes)
+
+    low, high = resampled("frechet_distance", lambda index: frechet_distance(samples[index], fitted))
     intervals = {
-        "frechet_distance": interval(
-            lambda index: frechet_distance(samples[index], fitted), n, seed=seed, estimate=values["frechet_distance"]
-        ),
-        "kernel_distance": interval(kernel, n, seed=seed),
+        "frechet_distance": (max(low, 0.0), high),
+        "kernel_distance": resampled("kernel_distance", kernel),
         **{name: mean_interval(value, seed=seed) for name, value in each.items()},
     }
     real: dict[str, float] = {}
-    if held_out is not None:
+    if held_out is not None and len(held_out) >= SMALLEST:
         fresh = subset(held_out, n, seed)
         real = {
             "frechet_distance": frechet_distance(fresh, fitted),
@@ -114,3 +127,22 @@ def subset(x: Tensor, n: int, seed: int) -> Tensor:
     if len(x) <= n:
         return x
     return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:n]]
+
+
+def matched(classes: Tensor | None, available: Tensor | None, n: int, m: int, seed: int = 0) -> Tensor:
+    """Which of the held-out items to compare with the samples: of every class as many as there are samples.
+
+    Distances between sets depend on their counts and class shares; ``real`` should differ in neither. A class with too
+    few held-out items gives all it has.
+
+    Args:
+        classes, available: of the n samples and of the m held-out items, int64; without both, n items at random.
+        n, m: how many samples and held-out items there are.
+        seed: of the choice.
+    Returns:
+        Indices into the held-out items, ascending.
+    """
+    if classes is None or available is None:
+        return subset(torch.arange(m), n, seed).sort().values
+    chosen = [subset((available == c).nonzero()[:, 0], int((classes == c).sum()), seed) for c in classes.unique()]
+    return torch.cat(chosen).sort().values

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from polydiff.core.adapter import Item, Metric
 from polydiff.core.errors import DataError
 from polydiff.core.evaluation.classifier import classify, extract
 from polydiff.core.evaluation.features import labels, obtain, principal, stack
-from polydiff.core.evaluation.quality import originality, quality, share
-
-LABEL = "label"
+from polydiff.core.evaluation.quality import matched, originality, quality, share
 
 
 def metrics(samples: Sequence[Item], reference: Sequence[Item], options: Mapping[str, Any]) -> dict[str, Metric]:
@@ -49,16 +48,12 @@ def metrics(samples: Sequence[Item], reference: Sequence[Item], options: Mapping
             raise DataError(
                 f"{name} of size {tuple(part.shape[1:])} cannot be compared with a reference of {tuple(train.shape[1:])}"
             )
-    out: dict[str, Metric] = {}
-    if all(LABEL in item.cond for item in (*reference, *(held_out or ()))):
-        model, _ = obtain(options.get("store"), reference, held_out)
-        out = quality(
-            extract(model, x), extract(model, train), None if fresh is None else extract(model, fresh), seed=seed
-        )
-        if all(LABEL in item.cond for item in samples):
-            real = None if held_out is None or fresh is None else classify(model, fresh) == labels(held_out, LABEL)
-            out["class_accuracy"] = share(classify(model, x) == labels(samples, LABEL), real, seed=seed)
-    else:
-        project = principal(train)
-        out = quality(project(x), project(train), None if fresh is None else project(fresh), seed=seed)
+    asked, known, truth = labels(samples), labels(reference), labels(held_out)
+    model = None if known is None else obtain(options.get("store"), reference, held_out)[0]
+    features = principal(train) if model is None else partial(extract, model)
+    real = None if fresh is None else features(fresh[matched(asked, truth, len(x), len(fresh), seed)])
+    out = quality(features(x), features(train), real, classes=asked, seed=seed)
+    if model is not None and asked is not None:
+        right = None if fresh is None or truth is None else classify(model, fresh) == truth
+        out["class_accuracy"] = share(classify(model, x) == asked, right, seed=seed)
     return {**out, **originality(x, train, fresh, seed=seed)}

@@ -1,0 +1,183 @@
+"""The classifier behind the features: what it accepts, how it is stored, that its features see what they should."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from polydiff.core.adapter import Item
+from polydiff.core.errors import DataError
+from polydiff.core.evaluation.classifier import FeatureClassifier, Settings, _warp, classify, extract
+from polydiff.core.evaluation.features import labels, obtain, principal, stack
+
+TINY = Settings(steps=60, channels=8, features=8, batch=32)
+
+
+def clusters(n: int, shape: tuple[int, ...] = (3, 9), seed: int = 0) -> list[Item]:
+    """Items of three classes, each around its own mean."""
+    generator = torch.Generator().manual_seed(seed)
+    means = 3 * torch.randn(3, *shape, generator=torch.Generator().manual_seed(99))
+    return [
+        Item(means[i % 3] + torch.randn(*shape, generator=generator), cond={"label": torch.tensor(i % 3)}, id=i)
+        for i in range(n)
+    ]
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 17), (1, 8, 8), (3, 9, 20), (1, 5, 8, 12)])
+def test_every_number_of_axes_learns(shape: tuple[int, ...]):
+    train, held_out = clusters(120, shape), clusters(60, shape, seed=1)
+    settings = Settings(steps=80, channels=8, features=8, batch=32, warp=0.02, shift=0.1)
+    model, info = obtain(None, train, held_out, settings=settings)
+    assert info["accuracy"] > 0.9
+    features = extract(model, stack(train))
+    assert features.shape == (120, 8)
+    assert float(features.var(0).mean()) == pytest.approx(1, rel=1e-4)
+
+
+def test_equal_seeds_give_equal_bits_and_leave_the_global_stream_alone():
+    before = torch.random.get_rng_state()
+    one, two, other = (obtain(None, clusters(90), seed=seed, settings=TINY)[1]["weights_sha256"] for seed in (0, 0, 1))
+    assert one == two != other
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_stored_once_then_loaded(tmp_path: Path, monkeypatch):
+    store, train, held_out = tmp_path / "new" / "folder", clusters(90), clusters(30, seed=1)
+    model, info = obtain(store, train, held_out, settings=TINY)
+    files = sorted(p.suffix for p in store.iterdir())
+    assert files == [".json", ".safetensors"]
+    assert json.loads(next(store.glob("*.json")).read_text()) == info
+
+    monkeypatch.setattr("polydiff.core.evaluation.features.train", None)  # a second training would fail
+    again, second = obtain(store, train, held_out, settings=TINY)
+    assert second == info
+    assert torch.equal(extract(model, stack(held_out)), extract(again, stack(held_out)))
+    _, other = obtain(store, train, clusters(20, seed=5), settings=TINY)  # same weights, other held-out items
+    assert other["n_held_out"] == 20
+    assert other["weights_sha256"] == info["weights_sha256"]
+
+
+@pytest.mark.parametrize("change", ["data", "label", "seed", "settings", "version"])
+def test_anything_else_is_trained_anew(tmp_path: Path, monkeypatch, change: str):
+    train, seed, settings = clusters(90), 0, TINY
+    obtain(tmp_path, train, seed=seed, settings=settings)
+    if change == "data":
+        train[4] = Item(stack(train[4:5])[0] + 1e-3, cond=train[4].cond)
+    elif change == "label":
+        train[4] = Item(train[4].x, cond={"label": torch.tensor(0)})
+    elif change == "seed":
+        seed = 1
+    elif change == "settings":
+        settings = Settings(steps=61, channels=8, features=8, batch=32)
+    else:
+        monkeypatch.setattr("polydiff.core.evaluation.features.VERSION", 2)
+    obtain(tmp_path, train, seed=seed, settings=settings)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "no json", "bad json", "list json"])
+def test_altered_store_is_trained_anew_with_a_warning(tmp_path: Path, caplog, damage: str):
+    train, held_out = clusters(90), clusters(30, seed=1)
+    _, info = obtain(tmp_path, train, held_out, settings=TINY)
+    weights, facts = next(tmp_path.glob("*.safetensors")), next(tmp_path.glob("*.json"))
+    content = bytearray(weights.read_bytes())
+    if damage == "flip":
+        content[-100] ^= 1
+        weights.write_bytes(content)
+    elif damage in ("truncate", "empty"):
+        weights.write_bytes(content[: len(content) // 2 if damage == "truncate" else 0])
+    elif damage == "no json":
+        facts.unlink()
+    else:
+        facts.write_text("{" if damage == "bad json" else "[]")
+    with caplog.at_level(logging.WARNING):
+        _, again = obtain(tmp_path, train, held_out, settings=TINY)
+    assert "training it anew" in caplog.text
+    assert again == info
+    caplog.clear()
+    obtain(tmp_path, train, held_out, settings=TINY)
+    assert caplog.text == ""
+
+
+def test_a_store_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    model, info = obtain(blocked, clusters(90), clusters(30, seed=1), settings=TINY)
+    assert "cannot be stored" in caplog.text
+    assert info["accuracy"] > 0.8
+    assert not model.training
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch, caplog):
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    obtain(tmp_path, clusters(90), settings=TINY)
+    assert "No space left" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def strides(axes: tuple[int, ...]) -> torch.Tensor:
+    return torch.tensor(torch.empty(axes, device="meta").stride())
+
+
+def test_augmentation_moves_in_every_axis_and_by_the_stated_amount():
+    generator = torch.Generator().manual_seed(0)
+    for axes in ((40,), (40, 12), (6, 40, 9)):
+        ramps = torch.meshgrid(*(torch.arange(a, dtype=torch.float32) for a in axes), indexing="ij")
+        x = torch.stack(ramps).expand(300, -1, *axes)
+        same = _warp(x, Settings(warp=0.0, shift=0.0), generator)
+        assert torch.allclose(same, x, atol=1e-4)
+        moved = _warp(x, Settings(warp=0.0, shift=0.5), generator) - x
+        middle = moved.flatten(2)[:, :, int(torch.tensor([a // 2 for a in axes]) @ strides(axes))]
+        assert torch.allclose(middle.std(0), torch.full((len(axes),), 0.5), rtol=0.15)
+
+
+def test_principal_components_are_scaled_projections():
+    x = torch.randn(200, 3, 10, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, 10)
+    project = principal(x, 5)
+    features = project(x)
+    assert features.shape == (200, 5)
+    cov = features.T.cov()
+    assert torch.allclose(cov - cov.diag().diag(), torch.zeros(5, 5, dtype=torch.float64), atol=1e-9)
+    assert float(features.var(0).mean()) == pytest.approx(1)
+    whole = principal(x, 64)(x)
+    assert whole.shape == (200, 30)
+    distances, direct = torch.pdist(whole), torch.pdist(x.flatten(1).double())
+    assert torch.allclose(distances / distances[0], direct / direct[0])
+
+
+def test_bad_items():
+    with pytest.raises(DataError, match="no items"):
+        stack([])
+    with pytest.raises(DataError, match=r"\(2,\).*\(3,\)"):
+        stack([Item(torch.zeros(2)), Item(torch.zeros(3))])
+    with pytest.raises(DataError, match="one shape"):
+        stack([Item({"a": torch.zeros(2)})])
+    with pytest.raises(DataError, match=r"item 1 \('b'\)"):
+        stack([Item(torch.zeros(2), id="a"), Item(torch.tensor([0.0, torch.inf]), id="b")])
+    with pytest.raises(DataError, match="'label' on every item"):
+        obtain(None, [*clusters(9), Item(torch.zeros(3, 9))])
+    assert labels([*clusters(2), Item(torch.zeros(3, 9))]) is None
+    with pytest.raises(DataError, match="up to 3 axes"):
+        FeatureClassifier((1, 2, 2, 2, 2), 3, TINY)
+
+
+@pytest.mark.slow
+def test_digits_accuracy_over_seeds(tmp_path: Path):
+    from polydiff.core.adapter import load
+    from polydiff.data import prepare
+
+    path = prepare("digits", folder=tmp_path)
+    train, test = ([d[i] for i in range(len(d))] for d in (load("image").dataset(path, s) for s in ("train", "test")))
+    accuracies = [obtain(None, train, test, seed=seed)[1]["accuracy"] for seed in range(5)]
+    assert min(accuracies) >= 0.98
+    model, _ = obtain(None, train, test)
+    truth = labels(train)
+    assert truth is not None
+    assert float((classify(model, stack(train)) == truth).float().mean()) > 0.99
