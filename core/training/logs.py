@@ -51,13 +51,15 @@ class JsonLines:
         text = "".join(f"{kept[number]}\n" for number in sorted(kept))
         if text.encode() != raw:
             replace_text(path, text)
+        self.steps = set(kept)
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line; it survives the death of this process at once, and that of the machine after ``sync``."""
+        """Append one line that has a ``step``; it survives the death of this process at once, and that of the machine after ``sync``."""
         try:
             self._file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
             self._file.flush()
+            self.steps.add(line["step"])
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be written: {error.strerror}") from error
 

@@ -167,6 +167,8 @@ class Trainer:
         signal = self._interrupted(agree=True)
         self.began = self.lap = time.monotonic()
         self.lap_step = state.step
+        if self.started and self.logs is not None and self.started not in self.logs.heldout.steps:
+            self._look(previews, self.started)  # a signal came when one was due
         while state.step < steps and signal is None:
             lr = self._step(batches)
             state.step += 1
@@ -178,9 +180,8 @@ class Trainer:
             elif step % options["max_skipped"] == 0:
                 self._check_divergence(lr)
             signal = self._interrupted(agree=step % AGREE_EVERY == 0 or last)
-            looks = signal is None or last
-            if looks and (last or step % options["preview_every"] == 0 or step % options["save_every"] == 0):
-                self._look(previews, step, picture=last or step % options["preview_every"] == 0)
+            if signal is None or last:
+                self._look(previews, step)
             if last or signal is not None or step % options["save_every"] == 0:
                 self._save()
         self._farewell(signal)
@@ -257,8 +258,9 @@ class Trainer:
                 "trainer.clip=1 or trainer.precision=fp32, and look for non-finite values in the data"
             )
 
-    def _look(self, previews: Previews, step: int, *, picture: bool) -> None:
-        if self.logs is None:
+    def _look(self, previews: Previews, step: int) -> None:
+        picture = step % self.options["preview_every"] == 0 or step == self.options["steps"]
+        if self.logs is None or not (picture or step % self.options["save_every"] == 0):
             return
         began = time.monotonic()
         line = previews.held_out(step)

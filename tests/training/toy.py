@@ -42,7 +42,7 @@ class Points:
         return Item(self.x[index], None, {"label": self.label[index]}, index)
 
     def _augment(self, item: Item, generator: torch.Generator) -> Item:
-        return Item(item.x + 0.01 * torch.randn(2, generator=generator), item.mask, item.cond, item.id)
+        return Item(torch.as_tensor(item.x) + 0.01 * torch.randn(2, generator=generator), item.mask, item.cond, item.id)
 
 
 class Net(nn.Module):
@@ -66,7 +66,9 @@ class Net(nn.Module):
 def view(samples: list[Item], reference: list[Item]) -> Fragment:
     """A picture of nothing, if there is something to show."""
     return Fragment(
-        "", {}, PNG if samples and torch.isfinite(torch.stack([item.x for item in samples])).all() else None
+        "",
+        {},
+        PNG if samples and all(bool(torch.isfinite(torch.as_tensor(item.x)).all()) for item in samples) else None,
     )
 
 
