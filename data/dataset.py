@@ -64,7 +64,7 @@ class Stored(Dataset[Item]):
             "name": reader.attributes["name"],
             "n": len(self),
             "sha256": reader.attributes["sha256"],
-            "sigma_data": reader.attributes["sigma_data"],
+            "sigma_data": float(reader.attributes["sigma_data"]),
             "size": dict(size),
             "classes": classes,
         }

@@ -47,7 +47,7 @@ class Table:
         if not {"id", "split"} <= columns.keys() or any(columns[name].dtype.kind != "U" for name in ("id", "split")):
             raise ValueError("needs the text columns id and split")
         n = len(columns["id"])
-        if not n or not self.arrays:
+        if not n or not self.arrays or any(0 in array.shape for array in self.arrays.values()):
             raise ValueError("holds no items")
         for name, values in columns.items():
             if values.shape != (n,):

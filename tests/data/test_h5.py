@@ -1,8 +1,6 @@
 """The file layout: what is written is what is read, and a target is never left half written."""
 
-import errno
 import multiprocessing
-import os
 import pickle
 from pathlib import Path
 
@@ -135,6 +133,7 @@ def test_big_endian_arrays_are_read_in_native_order(tmp_path: Path) -> None:
         ({"arrays": {"image": np.zeros((5, 2))}}, "5 rows, expected 6"),
         ({"arrays": {"y": np.array([0, 1, np.nan, 3, 4, 5])}}, "not finite"),
         ({"arrays": {}}, "no items"),
+        ({"arrays": {"image": np.zeros((6, 0))}}, "no items"),
         ({"offsets": np.array([0, 1, 2, 3, 4, 5, 5])}, "offsets"),
         ({"attributes": {"name": "x", "modality": "image"}}, "sigma_data"),
     ],
@@ -148,16 +147,28 @@ def test_content_that_breaks_a_rule_is_not_written(tmp_path: Path, changes: dict
     assert [p.name for p in tmp_path.iterdir()] == ["made.h5"]
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _write_on_a_small_disk(path: Path, limit: int, queue) -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        h5.write(path, fixed(arrays={"image": np.ones((6, 100, 100, 1), np.uint8)}))
+    except DataError as error:
+        queue.put(str(error))
+
+
+@pytest.mark.parametrize("limit", [0, 100, 5_000, 40_000, 61_000])
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, limit: int) -> None:
+    """In a process of its own: the HDF5 library kills the one in which a file cannot be closed, unless it is told a lie."""
     path = h5.write(tmp_path / "made.h5", fixed())
     before = path.read_bytes()
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(h5, "_sync", full)
-    with pytest.raises(DataError, match="No space left"):
-        h5.write(path, fixed(arrays={"y": np.ones(6)}))
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    writer = context.Process(target=_write_on_a_small_disk, args=(path, limit, queue))
+    writer.start()
+    writer.join(timeout=30)
+    assert writer.exitcode == 0
+    assert queue.get().startswith(f"cannot write {path}: File too large; free space")
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["made.h5"]
 
