@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,3 +169,29 @@ def test_points(moons):
     unlabelled = metrics([replace(i, cond={}) for i in test], train, {**options, "held_out": None})
     assert set(unlabelled) == {"sliced_wasserstein", "energy_distance", "outliers"}
     assert unlabelled["outliers"].real is None
+
+
+def test_the_bar_passes_real_digits_and_fails_damaged_ones(digits, capsys):
+    """The judgement of ``tests/bars/digits_quality.py`` on samples whose worth is known."""
+    import importlib.util
+
+    path = Path(__file__).resolve().parents[1] / "bars" / "digits_quality.py"
+    spec = importlib.util.spec_from_file_location("digits_quality", path)
+    assert spec is not None
+    assert spec.loader is not None
+    bar = importlib.util.module_from_spec(spec)
+    sys.modules["digits_quality"] = bar
+    spec.loader.exec_module(bar)
+    _, test, score = digits
+    generator = torch.Generator().manual_seed(0)
+    good = score(test)
+    assert bar.judge({1.0: [good, good], 1.5: [good]})
+    assert "MISSED" not in capsys.readouterr().out
+    bad = score([replace(item, x=item.x + 0.4 * torch.randn(item.x.shape, generator=generator)) for item in test])
+    assert not bar.judge({1.0: [bad], 1.5: [good]})
+    missed = [line for line in capsys.readouterr().out.splitlines() if "MISSED" in line]
+    assert any("Frechet distance" in line for line in missed)
+    assert not any("recall" in line for line in missed)  # noise hides in recall: one bar alone would not do
+    missing = {**good, "class_accuracy": good["class_accuracy"]._replace(value=float("nan"))}
+    assert not bar.judge({1.0: [good], 1.5: [missing]})
+    assert "guidance 1.5: intended class nan" in capsys.readouterr().out
