@@ -249,7 +249,7 @@ def find_network(
 
 
 def _entry(kind: str, name: Any, table: Mapping[str, Any]) -> Any:
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise unknown(kind, name, table)
     return table[name]
 

@@ -149,8 +149,10 @@ def _typed(entry: Declared, word: str, text: str) -> Any:
         return Path(plain).expanduser() if Path in kinds else plain
     value = value_of(word)
     for kind in kinds:
-        if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
+        if kind is float:
+            if type(value) in (int, float) and math.isfinite(value):
+                return float(value)
+            continue
         if get_origin(kind) is list and isinstance(value, list) and {type(item) for item in value} == {*get_args(kind)}:
             return value
         if isinstance(kind, type) and type(value) is kind:

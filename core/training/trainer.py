@@ -162,13 +162,13 @@ class Trainer:
             tensorboard = self.config["logger"]["tensorboard"]
             self.logs = Logs(self.run, state.step, steps, tensorboard=tensorboard, quiet=quiet)
             self.logs.progress.say(self._summary())
-        previews = Previews(self.parts, self.config, self.run, state.ema.module, self.runtime.device)
+            self.previews = Previews(self.parts, self.config, self.run, state.ema.module, self.runtime.device)
         batches = self._batches()
         signal = self._interrupted(agree=True)
         self.began = self.lap = time.monotonic()
         self.lap_step = state.step
         if self.started and self.logs is not None and self.started not in self.logs.heldout.steps:
-            self._look(previews, self.started)  # a signal came when one was due
+            self._look(self.started)  # a signal came when one was due
         while state.step < steps and signal is None:
             lr = self._step(batches)
             state.step += 1
@@ -181,7 +181,7 @@ class Trainer:
                 self._check_divergence(lr)
             signal = self._interrupted(agree=step % AGREE_EVERY == 0 or last)
             if signal is None or last:
-                self._look(previews, step)
+                self._look(step)
             if last or signal is not None or step % options["save_every"] == 0:
                 self._save()
         self._farewell(signal)
@@ -258,16 +258,16 @@ class Trainer:
                 "trainer.clip=1 or trainer.precision=fp32, and look for non-finite values in the data"
             )
 
-    def _look(self, previews: Previews, step: int) -> None:
+    def _look(self, step: int) -> None:
         picture = step % self.options["preview_every"] == 0 or step == self.options["steps"]
         if self.logs is None or not (picture or step % self.options["save_every"] == 0):
             return
         began = time.monotonic()
-        line = previews.held_out(step)
+        line = self.previews.held_out(step)
         if line is not None:
             self.logs.held_out(line)
         if picture:
-            previews.write(step)
+            self.previews.write(step)
         self.lap += time.monotonic() - began  # items_per_s speaks of training alone
 
     def _save(self) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from polydiff.core.denoiser import Prediction
 from torch import Tensor
+
+from polydiff.core.denoiser import Prediction
 
 
 class Gaussian:
@@ -72,12 +73,13 @@ def as_field(data, field: str):
     return denoise
 
 
-def slope(error, n: int, low: float = 1e-10, high: float = 1e-3, doublings: int = 2) -> float:
-    """Order of accuracy: slope of log error over the last doublings whose errors lie between two bounds.
+def slope(error, n: int, low: float = 1e-10, high: float = 1e-3, last: bool = False) -> float:
+    """Order of accuracy: slope of log error over two doublings whose errors lie between two bounds.
 
     Args:
         error: function of the number of intervals.
         n: the smallest number of intervals to try.
+        last: take the last two doublings inside the bounds instead of the first two (slower, up to 8,192 intervals).
     """
     found: list[tuple[int, float]] = []
     while n <= 8192:
@@ -86,9 +88,9 @@ def slope(error, n: int, low: float = 1e-10, high: float = 1e-3, doublings: int 
             break
         if value <= high:
             found.append((n, value))
-        if len(found) > doublings and found[-1][1] < 30 * low:
+        if len(found) == 3 and not last:
             break
         n *= 2
-    assert len(found) > doublings, f"too few errors inside the window: {found}"
-    (n0, e0), (n1, e1) = found[-1 - doublings], found[-1]
+    assert len(found) >= 3, f"too few errors inside the window: {found}"
+    (n0, e0), (n1, e1) = found[-3], found[-1]
     return math.log(e0 / e1) / math.log(n1 / n0)

@@ -1,0 +1,83 @@
+"""Grids against their formulas, and the refusal of impossible ones."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from polydiff.core.errors import ConfigError, ScheduleError
+from polydiff.core.grids import GRIDS, Grid, make_grid
+from polydiff.core.processes import gaussian
+from polydiff.core.schedules import SCHEDULES
+
+NAMED = [name for name in GRIDS if not name.startswith("ddpm")]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", NAMED)
+def test_named_grids_span_the_range_with_n_intervals(schedule, name):
+    process = gaussian(schedule)
+    for n in (1, 2, 7):
+        open_, closed = make_grid(name, n, process), make_grid(name, n, process, final=False)
+        assert open_.steps == closed.steps == n and open_.final and not closed.final
+        assert len(open_.times) == n and len(closed.times) == n + 1
+        assert open_.times[0] == closed.times[0] == process.t_max and closed.times[-1] == process.t_min
+        if n > 1:
+            assert open_.times[-1] == process.t_min
+
+
+def test_karras_grid_equals_the_published_formula_on_every_path():
+    n, rho = 9, 7.0
+    for schedule in ("edm", "ve", "vp", "rectified_flow"):
+        process = gaussian(schedule)
+        times = torch.tensor(make_grid("karras", n, process).times, dtype=torch.float64)
+        level = torch.exp(-process.schedule.log_snr(times))
+        high, low = level[0] ** (1 / rho), level[-1] ** (1 / rho)
+        i = torch.arange(n, dtype=torch.float64)
+        torch.testing.assert_close(level, (high + i / (n - 1) * (low - high)) ** rho, rtol=1e-9, atol=0)
+    edm = make_grid("karras", n, gaussian("edm")).times
+    assert edm == pytest.approx(
+        make_grid("uniform", n, gaussian("edm")).times, rel=1e-9
+    )  # uniform t is the Karras grid
+
+
+def test_log_snr_grid_is_uniform():
+    process = gaussian("cosine")
+    times = torch.tensor(make_grid("log_snr", 12, process).times, dtype=torch.float64)
+    steps = torch.diff(process.schedule.log_snr(times))
+    torch.testing.assert_close(steps, steps.mean().expand_as(steps), rtol=1e-9, atol=0)
+
+
+def test_discrete_grids_reproduce_the_indices_of_the_chain():
+    process = gaussian("vp")
+
+    def indices(name, n):
+        return [round(t * 1000) - 1 for t in make_grid(name, n, process).times]
+
+    assert indices("ddpm-leading", 10) == [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]
+    assert indices("ddpm-trailing", 10) == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
+    assert indices("ddpm-linspace", 10) == [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]
+    assert indices("ddpm-leading", 1000) == list(range(999, -1, -1))
+
+
+@pytest.mark.parametrize(
+    "times", [(0.5,), (0.5, 0.5), (0.2, 0.4), (1.2, 0.5), (0.5, -0.1), (math.nan, 0.1), (0.5, math.inf)]
+)
+def test_impossible_times_are_refused(times):
+    with pytest.raises(ScheduleError):
+        Grid(times)
+
+
+def test_impossible_requests_are_refused():
+    process = gaussian("cosine")
+    for n in (0, -1, 2.5, True):
+        with pytest.raises(ScheduleError, match="steps"):
+            make_grid("uniform", n, process)
+    with pytest.raises(ConfigError, match="karras"):
+        make_grid("karas", 5, process)
+    with pytest.raises(ScheduleError, match="log-SNR"):
+        make_grid("log_snr", 5, process, t_start=1.0)  # alpha = 0 there
+    with pytest.raises(ScheduleError, match="t_start"):
+        make_grid("uniform", 5, process, t_start=0.1, t_end=0.2)

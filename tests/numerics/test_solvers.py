@@ -1,0 +1,247 @@
+"""Solvers: orders of accuracy by their slopes, closed forms, published recursions, marginals of the stochastic ones."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from polydiff.core.errors import ConfigError, ScheduleError
+from polydiff.core.grids import make_grid
+from polydiff.core.processes import gaussian
+from polydiff.core.sampling import count, sample
+from polydiff.core.schedules import SCHEDULES
+from polydiff.core.solvers import NAMES, Churn, Multistep, RungeKutta
+from polydiff.core.solvers.base import COORDINATES
+from tests.numerics.exact import Gaussian, Mixture, as_field, slope
+
+F64 = torch.float64
+DETERMINISTIC = [name for name, entry in NAMES.items() if not entry.stochastic]
+# away from the infinite ends, so that the asymptotic regime starts at few steps
+RANGE = {"vp": (0.6, 0.05), "sub_vp": (0.6, 0.05), "ve": (0.75, 0.3), "edm": (0.6, 0.35)}
+
+
+def _rms(x):
+    return float(x.pow(2).mean().sqrt())
+
+
+def _error(data, solver, name, start, end, x):
+    process = data.process
+    truth = data.flow(x, start, end) if isinstance(data, Gaussian) else None
+    if truth is None:
+        fine = make_grid(name, 400, process, start, end, final=False)
+        truth = sample(data.x0_hat, process, x, RungeKutta("rk4", "v"), grid=fine)
+
+    def error(n):
+        grid = make_grid(name, n, process, start, end, final=False)
+        return _rms(sample(data.x0_hat, process, x, solver, grid=grid) - truth)
+
+    return error
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_order_of_named_solvers_on_gaussian_data(name, schedule):
+    data = Gaussian(gaussian(schedule), std=(0.7, 1.0, 1.3), mean=(0.1, -0.2, 0.3))
+    start, end = RANGE.get(schedule, (0.7, 0.2))
+    solver = NAMES[name].solver
+    error = _error(data, solver, "uniform", start, end, data.draw(start, 8))
+    # On Gaussian data y' = tau y / (s^2 + tau^2), and the h^3 terms of the midpoint rule cancel: it measures order 3.
+    excess = 1.1 if name == "midpoint" else 0.5
+    assert -0.15 <= slope(error, {1: 64, 2: 32}.get(solver.order, 16), low=1e-12) - solver.order <= excess
+
+
+@pytest.mark.parametrize("predict,variable", list(itertools.product(COORDINATES, ["log_snr", "t", "angle", "index"])))
+def test_order_of_every_multistep_form_on_a_mixture(predict, variable):
+    """Order 2 in each form and variable; the first step is of first order, which does not lower the global order."""
+    data = Mixture(gaussian("cosine"), std=0.7)
+    error = _error(data, Multistep(2, predict, variable), "uniform", 0.6, 0.3, data.draw(0.6, 4))
+    assert -0.15 <= slope(error, 16, high=1e-4, low=1e-9) - 2 <= 0.5
+
+
+@pytest.mark.parametrize("predict", COORDINATES)
+@pytest.mark.parametrize(
+    "tableau,order", [("euler", 1), ("heun", 2), ("midpoint", 2), ("ralston", 2), ("heun3", 3), ("rk4", 4)]
+)
+def test_order_of_every_runge_kutta_form_on_a_mixture(tableau, order, predict):
+    data = Mixture(gaussian("vp"), std=0.7)
+    solver = RungeKutta(tableau, predict)
+    error = _error(data, solver, "uniform", 0.5, 0.2, data.draw(0.5, 4))
+    assert solver.order == order and -0.15 <= slope(error, 4 if order > 1 else 64) - order <= 0.5
+
+
+def test_third_order_multistep_is_capped_at_two_by_its_start():
+    data = Gaussian(gaussian("vp"))
+    error = _error(data, Multistep(3), "log_snr", 0.8, 0.1, data.draw(0.8, 8))
+    assert 1.85 <= slope(error, 64) <= 3.2
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("predict", COORDINATES)
+def test_constant_predictions_are_integrated_exactly(schedule, predict):
+    """Where the predicted field is constant along the flow, one step of any order and size is exact."""
+    process = gaussian(schedule)
+    start, end = RANGE.get(schedule, (0.9, 0.1))
+    s = process.schedule
+    x0, eps = torch.tensor([[0.4, -1.0]], dtype=F64), torch.tensor([[1.3, 0.2]], dtype=F64)
+
+    def state(t):
+        t = torch.tensor(t, dtype=F64)
+        return s.alpha(t) * x0 + s.sigma(t) * eps
+
+    # a single trajectory has constant x0 and eps, hence constant flow; v turns and velocity scales with t
+    if predict in ("x0", "eps", "flow"):
+        for solver in (Multistep(1, predict), Multistep(3, predict), RungeKutta("heun", predict)):
+            out = sample(lambda x, t: x0, process, state(start), solver, grid=[start, 0.5 * (start + end), end])
+            torch.testing.assert_close(out, state(end), rtol=1e-12, atol=1e-12)
+
+
+def test_first_order_forms_are_ddim():
+    """Order 1 in the x0, eps and flow forms is the same update."""
+    data = Mixture(gaussian("vp"))
+    x = data.draw(1.0, 5)
+    results = [
+        sample(data.x0_hat, data.process, x, Multistep(1, predict), steps=9) for predict in ("x0", "eps", "flow")
+    ]
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-11, atol=1e-11)
+    rk = sample(data.x0_hat, data.process, x, RungeKutta("euler", "eps"), steps=9)
+    torch.testing.assert_close(rk, results[0], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("schedule", ["vp", "edm", "rectified_flow"])
+def test_dpmpp_2m_equals_the_published_recursion(schedule):
+    data = Mixture(gaussian(schedule))
+    process, s = data.process, data.process.schedule
+    grid = make_grid("log_snr", 7, process)
+    x = data.draw(grid.times[0], 4)
+    ours = sample(data.x0_hat, process, x, "dpmpp-2m", grid=grid)
+    # Lu 2022, algorithm 2, with the usual last step to x0_hat
+    t = torch.tensor(grid.times, dtype=F64)
+    alpha, sigma, lam = s.alpha(t), s.sigma(t), s.log_snr(t)
+    previous = None
+    for i in range(len(t) - 1):
+        denoised = data.x0_hat(x, t[i])
+        h = lam[i + 1] - lam[i]
+        combined = denoised
+        if previous is not None:
+            r = (lam[i] - lam[i - 1]) / h
+            combined = (1 + 1 / (2 * r)) * denoised - 1 / (2 * r) * previous
+        x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * torch.expm1(-h) * combined
+        previous = denoised
+    torch.testing.assert_close(ours, data.x0_hat(x, t[-1]), rtol=1e-10, atol=1e-10)
+
+
+def test_heun_equals_algorithm_1_of_edm_and_edm_without_churn():
+    data = Mixture(gaussian("edm"))
+    grid = make_grid("karras", 8, data.process)
+    x = data.draw(1.0, 4)
+    ours = sample(data.x0_hat, data.process, x, "heun", grid=grid)
+    sigmas = [*(float(data.process.schedule.sigma(torch.tensor(t, dtype=F64))) for t in grid.times), 0.0]
+    times = [*grid.times, 0.0]
+    reference = x
+    for i in range(8):
+        d = (reference - data.x0_hat(reference, torch.tensor(times[i], dtype=F64))) / sigmas[i]
+        euler = reference + (sigmas[i + 1] - sigmas[i]) * d
+        if sigmas[i + 1] > 0:
+            d2 = (euler - data.x0_hat(euler, torch.tensor(times[i + 1], dtype=F64))) / sigmas[i + 1]
+            euler = reference + (sigmas[i + 1] - sigmas[i]) * 0.5 * (d + d2)
+        reference = euler
+    torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-9)
+    quiet = RungeKutta("heun", "eps", Churn(0.0))
+    assert torch.equal(sample(data.x0_hat, data.process, x, quiet, grid=grid), ours)
+
+
+def test_ddpm_equals_the_posterior_of_the_discrete_chain():
+    """One step: mean and deviation of q(x_s | x_t, x0), Ho 2020, eq. 6-7."""
+    process = gaussian("vp")
+    t, s = torch.tensor(0.5, dtype=F64), torch.tensor(0.4, dtype=F64)
+    a_t, a_s = process.schedule.alpha(t) ** 2, process.schedule.alpha(s) ** 2
+    beta = 1 - a_t / a_s
+    x, x0 = torch.full((4000, 8), 0.7, dtype=F64), torch.full((4000, 8), -0.3, dtype=F64)
+    out = sample(lambda *_: x0, process, x, "ddpm", grid=[0.5, 0.4], generator=0)
+    mean = a_s.sqrt() * beta / (1 - a_t) * -0.3 + (a_t / a_s).sqrt() * (1 - a_s) / (1 - a_t) * 0.7
+    variance = (1 - a_s) / (1 - a_t) * beta
+    n = out.numel()
+    assert abs(float(out.mean() - mean)) < 4.2 * float((variance / n).sqrt())
+    assert abs(float(out.var() / variance) - 1) < 4.2 * math.sqrt(2 / n)
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "dpmpp-2m-sde", "edm"])
+@pytest.mark.parametrize("schedule", ["vp", "edm", "rectified_flow"])
+def test_stochastic_solvers_keep_the_marginals(solver, schedule):
+    data = Gaussian(gaussian(schedule))
+    start, end, n = (1.0, 0.3, 300) if schedule != "rectified_flow" else (0.99, 0.1, 300)
+    grid = make_grid("log_snr", n, data.process, start, end, final=False)
+    x = data.draw(start, 6000)[None]  # one item of many points: one stream of noise
+    out = sample(data.x0_hat, data.process, x, solver, grid=grid, generator=1)[0]
+    alpha, _, total = data._marginal(end)
+    assert float(((out.mean(0) - alpha * data.mean) / total).abs().max()) < 4.2 / math.sqrt(6000) + 0.02
+    assert float((out.var(0) / total**2 - 1).abs().max()) < 4.2 * math.sqrt(2 / 6000) + 0.02
+
+
+def test_ancestral_and_sde_noise_agree_at_eta_0_and_1_only():
+    data = Mixture(gaussian("vp"))
+    x = data.draw(1.0, 3)
+
+    def run(form, eta):
+        return sample(data.x0_hat, data.process, x, Multistep(1, "x0", eta=eta, noise_form=form), steps=6, generator=0)
+
+    for eta in (0.0, 1.0):
+        torch.testing.assert_close(run("sde", eta), run("ancestral", eta), rtol=1e-9, atol=1e-9)
+    assert _rms(run("sde", 0.5) - run("ancestral", 0.5)) > 1e-3
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "rectified_flow"])
+@pytest.mark.parametrize("solver", ["ddim", "heun", "heun-v", "dpmpp-2m", "rk4", "ab2-v", "ddpm"])
+def test_starting_without_any_signal_is_finite(schedule, solver):
+    """From t = 1 with alpha = 0 the first interval is taken in x0_hat; eps cannot be used there and says so."""
+    data = Mixture(gaussian(schedule))
+    x = data.draw(1.0, 4)
+    grid = make_grid("uniform", 12, data.process, t_start=1.0)
+    out = sample(as_field(data, "v"), data.process, x, solver, grid=grid, generator=0)
+    assert _rms(out) < 5
+    with pytest.raises(ScheduleError, match="alpha"):
+        sample(as_field(data, "eps"), data.process, x, solver, grid=grid, generator=0)
+
+
+@pytest.mark.parametrize("solver", NAMES)
+def test_final_interval_returns_x0_hat_and_calls_are_as_declared(solver):
+    data = Mixture(gaussian("vp"))
+    denoise = count(data.x0_hat)
+    x = data.draw(1.0, 3)
+    out = sample(denoise, data.process, x, solver, steps=6, generator=0)
+    assert denoise.calls == 5 * NAMES[solver].stages + 1
+    one = sample(lambda *_: torch.full_like(x, 0.25), data.process, x, solver, steps=4, generator=0)
+    torch.testing.assert_close(one, torch.full_like(x, 0.25))
+    assert out.shape == x.shape and out.dtype == F64
+
+
+@pytest.mark.parametrize("field", ["eps", "score", "v", "velocity", "x0"])
+def test_the_predicted_field_does_not_change_the_sample(field):
+    data = Mixture(gaussian("vp"))
+    x = data.draw(1.0, 3)
+    for solver in ("dpmpp-2m", "heun-v"):
+        base = sample(data.x0_hat, data.process, x, solver, steps=8)
+        other = sample(as_field(data, field), data.process, x, solver, steps=8)
+        torch.testing.assert_close(other, base, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Multistep(0),
+        lambda: Multistep(2, "x1"),
+        lambda: Multistep(2, variable="snr"),
+        lambda: Multistep(1, "eps", eta=1.0),
+        lambda: Multistep(2, eta=1.0, noise_form="ancestral"),
+        lambda: Multistep(2, eta=math.nan),
+        lambda: RungeKutta("rk5"),
+        lambda: RungeKutta("heun", "eps", Churn(math.inf)),
+    ],
+)
+def test_combinations_without_meaning_are_refused(make):
+    with pytest.raises(ConfigError):
+        make()
