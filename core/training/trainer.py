@@ -239,10 +239,10 @@ class Trainer:
         return max(int(value) for value in self.runtime.gather(own)) or None
 
     def _log(self, lr: float) -> None:
-        state, now = self.state, time.monotonic()
+        state = self.state
         self._check_divergence(lr)
-        means = state.meter.read()
-        rate = (state.step - self.lap_step) * self.options["batch"] / max(1e-9, time.monotonic() - self.lap)
+        means, now = state.meter.read(), time.monotonic()  # the device has caught up when the means are there
+        rate = (state.step - self.lap_step) * self.options["batch"] / max(1e-9, now - self.lap)
         line = {"step": state.step, "loss": means.pop("loss"), "lr": lr, "grad_norm": means.pop("grad_norm")}
         line |= {"items_per_s": round(rate, 3), "wall_s": round(self.wall + now - self.began, 3), **means}
         if self.logs is not None:
@@ -255,7 +255,8 @@ class Trainer:
             raise DivergenceError(
                 f"{worst} steps in a row up to about step {self.state.step} had a non-finite loss or gradient "
                 f"(lr {lr:.3g}, precision {self.options['precision']}): try a smaller optim.lr, a longer optim.warmup, "
-                "trainer.clip=1 or trainer.precision=fp32, and look for non-finite values in the data"
+                "trainer.clip=1 or trainer.precision=fp32 in a new run (init=RUN starts from this one's weights), "
+                "and look for non-finite values in the data"
             )
 
     def _look(self, step: int) -> None:

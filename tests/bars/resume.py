@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 import accelerate  # noqa: F401  (imported here once rather than after every fork)
 import torch
 import torch._dynamo
-import toy
+import toy  # type: ignore[import-not-found]
 
 from polydiff.core.training import checkpoint
 

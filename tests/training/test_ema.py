@@ -71,7 +71,7 @@ def test_a_skipped_step_changes_nothing_and_is_not_counted() -> None:
 def test_buffers_are_copied_and_the_copy_is_frozen() -> None:
     module = model(0.0).train()
     ema = EMA(module, 50.0)
-    module.count += 3  # type: ignore[operator]
+    module.count.fill_(3)  # type: ignore[operator, union-attr]
     ema.update(1)
     assert int(ema.module.count) == 3  # type: ignore[arg-type]
     assert not ema.module.training and module.training

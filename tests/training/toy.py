@@ -6,6 +6,7 @@ As a program, ``python toy.py RUN section.key=value ...`` trains it; the tests s
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class Points:
-    """Points on two circles; augmentation shifts each a little."""
+    """Points on two circles; augmentation shifts each a little. POLYDIFF_TOY_SEEN names a file for what was loaded."""
 
     def __init__(self, n: int, augmented: bool = True) -> None:
         generator = torch.Generator().manual_seed(n)
@@ -39,6 +40,9 @@ class Points:
         return len(self.x)
 
     def __getitem__(self, index: int) -> Item:
+        if "POLYDIFF_TOY_SEEN" in os.environ and len(self) == 50:  # the training split
+            with Path(f"{os.environ['POLYDIFF_TOY_SEEN']}.{os.environ.get('RANK', '0')}").open("a") as file:
+                file.write(f"{index} ")
         return Item(self.x[index], None, {"label": self.label[index]}, index)
 
     def _augment(self, item: Item, generator: torch.Generator) -> Item:
