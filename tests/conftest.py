@@ -36,3 +36,14 @@ def data_source() -> Path:
     if not folder:
         pytest.skip("POLYDIFF_DATA_SOURCE is not set: it names a folder with public data sets in their own layout")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def moons_run(tmp_path_factory: pytest.TempPathFactory, data_folder: Path) -> Path:
+    """A run of toy2d, trained for a moment, with checkpoints of steps 20 and 40; copy it before changing it."""
+    from polydiff.core.cli import main
+
+    run = tmp_path_factory.mktemp("runs") / "moons"
+    words = ["trainer.steps=40", "trainer.save_every=20", "trainer.batch=64", "network.width=32", "network.blocks=2"]
+    assert main(["train", "experiment=toy2d", f"run={run}", "logger=jsonl", "trainer.device=cpu", *words]) == 0
+    return run

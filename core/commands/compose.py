@@ -23,6 +23,7 @@ GROUP = "polydiff.configs"
 OPEN = ("data.options.", "objective.terms.")  # keys that an adapter or a data set defines may be added here
 FIXED = ("data", "objective", "sampling", "optim", "trainer", "logger")  # sections whose keys are the same everywhere
 Config = dict[str, Any]
+_SKELETON: Config = {}
 
 
 def compose(words: Sequence[str], config_dir: Path | None = None) -> Config:
@@ -67,6 +68,7 @@ class _Composer:
         return list(self.loader.get_group_options(group, config_name="train", overrides=self.search))
 
     def compose(self, words: Sequence[str]) -> Config:
+        import yaml
         from hydra import compose as hydra_compose
         from hydra.errors import HydraException
         from omegaconf import OmegaConf
@@ -75,9 +77,15 @@ class _Composer:
         try:
             config = hydra_compose("train", [*words, *self.search])
             return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             cause = error.__cause__ if not str(error).strip() and error.__cause__ else error
-            raise ConfigError(str(cause).strip().replace("\n", "; ")) from error
+            raise ConfigError("; ".join(line.strip() for line in str(cause).strip().splitlines())) from error
+
+    def skeleton(self) -> Config:
+        """What ``train.yaml`` holds by itself: nobody else's configuration can change that, so it is composed once."""
+        if not _SKELETON:
+            _SKELETON.update(self.compose(["~experiment"]))
+        return _SKELETON
 
     def resolve(self, words: Sequence[str]) -> Config:
         choices, values = self._sort(words)
@@ -86,8 +94,8 @@ class _Composer:
         selected = [f"{group}={choice}" for group, choice in choices.items()]
         base = self.compose(selected)
         values = {key: self._placed(key, word, base) for key, word in values.items()}
-        config = self.compose([*selected, *values.values()])
-        skeleton = self.compose(["~experiment"])
+        config = self.compose([*selected, *values.values()]) if values else base
+        skeleton = self.skeleton()
         for key in sorted({*config} - {*skeleton}):
             raise unknown(f"section of experiment {choices['experiment']!r}:", key, skeleton)
         for section in FIXED:
