@@ -6,6 +6,7 @@ import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any, TypeVar
@@ -181,25 +182,29 @@ def configuration(record: Record) -> str:
 
 def _overrides(record: Record) -> list[str]:
     """What was chosen on top of the experiment, as words of the command line."""
-    from polydiff.core.commands.compose import compose
-
-    def walk(value: Any, path: str = "") -> dict[str, Any]:
-        if isinstance(value, Mapping) and value:
-            return {
-                k: v for key, entry in value.items() for k, v in walk(entry, f"{path}.{key}" if path else key).items()
-            }
-        return {path: value}
-
     try:
-        usual = walk(compose([f"experiment={record.get('experiment')}"]))
+        usual = _usual(str(record.get("experiment")))
     except ConfigError:  # an experiment of somebody's own folder
         return []
-    chosen = walk(record.config)
     return [
         f"{key}={value if isinstance(value, str) else json.dumps(value)}"
-        for key, value in chosen.items()
-        if usual.get(key, chosen) != value
+        for key, value in _flat(record.config).items()
+        if usual.get(key, usual) != value
     ]
+
+
+@cache
+def _usual(experiment: str) -> dict[str, Any]:
+    from polydiff.core.commands.compose import compose
+
+    return _flat(compose([f"experiment={experiment}"]))
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    if isinstance(value, Mapping) and value:
+        return {k: v for key, entry in value.items() for k, v in _flat(entry, f"{path}.{key}" if path else key).items()}
+    return {path: value}
 
 
 def commands(record: Record) -> str:

@@ -26,7 +26,7 @@ STRIPS = 8
 PAIRS = 16
 CHUNK = 1024  # reference images compared at once
 SMALL = 128  # sides up to here are drawn as crisp squares
-STILL = 512  # least side of the PNG
+STILL = 512  # least length of the longer side of the PNG
 
 STYLE = """<style>
 .iv-pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 28px 48px; }
@@ -59,12 +59,12 @@ def view(samples: Sequence[Item], reference: Sequence[Item]) -> Fragment:
 
 
 def still(samples: Sequence[Item]) -> bytes:
-    """A square grid of images as PNG, enlarged without blur to at least 512 pixels, with transparent gaps."""
+    """A grid of images as PNG, enlarged without blur to 512 pixels or a little more, with transparent gaps."""
     images = [_rgb(_pixels(item.x)) for item in samples]
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
-    scale = max(1, math.ceil(STILL / (columns * max(height, width))))
+    scale = max(1, math.ceil(STILL / max(rows * height, columns * width)))
     gap = max(2, round(0.06 * scale * min(height, width)))
     across, down = scale * width + gap, scale * height + gap
     grid = np.zeros((rows * down - gap, columns * across - gap, 4), np.uint8)
