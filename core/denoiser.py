@@ -118,8 +118,9 @@ class Prediction:
             return self.value
         schedule = self.process.schedule
         if self.t.ndim == 0:
-            a, b = _scalar_coefficients(schedule, self.t.item(), self.given, wanted)
-            return torch.add(self.value * b, self.x_t, alpha=a) if a else self.value * b
+            of_x, of_given = _scalar_coefficients(schedule, self.t.item(), self.given, wanted)
+            out = self.value * of_given
+            return torch.add(out, self.x_t, alpha=of_x) if of_x else out
         a, b = (expand(c, self.x_t) for c in coefficients(schedule, self.t, self.given, wanted))
         return a * self.x_t + b * self.value
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from polydiff.core.errors import ConfigError
-from polydiff.core.tree import State
 
 
 class Noise:
@@ -40,9 +39,7 @@ class Noise:
         seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
         return torch.Generator().manual_seed(seed)
 
-    def draw(
-        self, k: int, purpose: str, like: State, t: Any = None, s: Any = None, mask: Tensor | None = None
-    ) -> State:
+    def draw(self, k: int, purpose: str, like: Any, t: Any = None, s: Any = None, mask: Tensor | None = None) -> Any:
         """Standard normal draws shaped like a state (b, *dims), zero on padding.
 
         Args:
@@ -77,7 +74,7 @@ class Projected:
     def __init__(self, noise: Noise, process: Any, mask: Tensor | None, fixed: Tensor | None) -> None:
         self.noise, self.process, self.mask, self.fixed = noise, process, mask, fixed
 
-    def draw(self, k: int, purpose: str, like: State, t: Any = None, s: Any = None) -> State:
+    def draw(self, k: int, purpose: str, like: Any, t: Any = None, s: Any = None) -> Any:
         """As ``Noise.draw``, projected."""
         return self.process.project(self.noise.draw(k, purpose, like, t, s, self.mask), self.mask, self.fixed)
 

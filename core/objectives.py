@@ -161,7 +161,8 @@ class Objective:
         Returns:
             ``loss`` (b,) with all terms added, ``t`` (b,), and each further term (b,) by name, unweighted.
         """
-        x0, mask, cond = item.x, item.mask, dict(item.cond)
+        x0: Any = item.x
+        mask, cond = item.mask, dict(item.cond)
         b, fixed = x0.shape[0], cond.get("fixed")
         t = self.times(b, generator)
         z = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
@@ -189,7 +190,8 @@ class Objective:
 
     def at(self, denoiser: nn.Module, item: Item, t: Tensor | float, generator: torch.Generator) -> Tensor:
         """Mean squared error (b,) of x0_hat at one time, conditions present: the held-out loss per noise level."""
-        x0, mask, fixed = item.x, item.mask, item.cond.get("fixed")
+        x0: Any = item.x
+        mask, fixed = item.mask, item.cond.get("fixed")
         z = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
         t = as_time(t)
         x_t = self.noised(x0, t, self.process.project(z, mask, fixed), mask, fixed)

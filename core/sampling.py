@@ -13,7 +13,7 @@ from polydiff.core.errors import DivergenceError
 from polydiff.core.grids import Grid, as_grid
 from polydiff.core.noise import Noise, Projected, as_noise
 from polydiff.core.solvers import Solver, resolve
-from polydiff.core.tree import State, batch_size, tree_map
+from polydiff.core.tree import batch_size, tree_map
 
 Callback = Callable[[int, Tensor, Any, Any], None]
 
@@ -24,7 +24,7 @@ class Counter:
     def __init__(self, denoise: Denoise) -> None:
         self.denoise, self.calls = denoise, 0
 
-    def __call__(self, x_t: State, t: Tensor) -> Any:
+    def __call__(self, x_t: Any, t: Tensor) -> Any:
         """Count and pass on."""
         self.calls += 1
         return self.denoise(x_t, t)
@@ -39,7 +39,7 @@ def count(denoise: Denoise) -> Counter:
 def sample(
     denoise: Denoise,
     process: Any,
-    x_T: State,  # noqa: N803  (the field's symbol)
+    x_T: Any,  # noqa: N803  (the field's symbol)
     solver: str | Solver = "dpmpp-2m",
     steps: int = 10,
     grid: str | Grid | Tensor | Sequence[float] = "karras",
@@ -47,7 +47,7 @@ def sample(
     fixed: Tensor | None = None,
     generator: Noise | torch.Generator | Sequence[torch.Generator] | int | None = None,
     callback: Callback | None = None,
-) -> State:
+) -> Any:
     """Integrate from noise to data.
 
     Args:
@@ -75,7 +75,7 @@ def sample(
     hold = _holder(process, x_T, fixed)
     last: list[Any] = []
 
-    def guarded(x_t: State, t: Tensor) -> Any:
+    def guarded(x_t: Any, t: Tensor) -> Any:
         prediction = denoise(hold(x_t), t)
         if callback is not None:
             last[:] = [as_prediction(process, x_t, t, prediction).x0]
@@ -95,7 +95,7 @@ def sample(
     return result
 
 
-def _holder(process: Any, reference: State, fixed: Tensor | None) -> Callable[[State], State]:
+def _holder(process: Any, reference: Any, fixed: Tensor | None) -> Callable[[Any], Any]:
     """A function that puts the fixed elements of a state back to their value in the reference."""
     if fixed is None:
         return lambda x: x

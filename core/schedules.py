@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from polydiff.core.errors import ScheduleError
 
 
-def as_time(t: Tensor | float) -> Tensor:
+def as_time(t: Tensor | float | Sequence[float]) -> Tensor:
     """Time as a float64 tensor on its own device."""
     return torch.as_tensor(t, dtype=torch.float64)
 

@@ -16,9 +16,20 @@ class Entry(NamedTuple):
     solver: Solver
     source: str
 
-    order = property(lambda self: self.solver.order)
-    stages = property(lambda self: self.solver.stages)
-    stochastic = property(lambda self: self.solver.stochastic)
+    @property
+    def order(self) -> int:
+        """Order of accuracy."""
+        return self.solver.order
+
+    @property
+    def stages(self) -> int:
+        """Calls of the denoiser per interval."""
+        return self.solver.stages
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether it draws noise."""
+        return self.solver.stochastic
 
 
 _ddim = Entry(

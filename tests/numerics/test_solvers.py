@@ -29,8 +29,9 @@ def _rms(x):
 
 def _error(data, solver, name, start, end, x):
     process = data.process
-    truth = data.flow(x, start, end) if isinstance(data, Gaussian) else None
-    if truth is None:
+    if isinstance(data, Gaussian):
+        truth = data.flow(x, start, end)
+    else:
         fine = make_grid(name, 400, process, start, end, final=False)
         truth = sample(data.x0_hat, process, x, RungeKutta("rk4", "v"), grid=fine)
 
