@@ -53,8 +53,8 @@ def main(folder: Path) -> int:
         met.append(check(f"{one} against {other}, 200 steps, median difference", float(gap.median()), 1e-3, note=note))
     truth = at_200["heun-v"]
     for name in ("euler", "ddim"):
-        gap = {steps: difference(draw(name, steps), truth) for steps in (200, 400)}
-        at = {steps: float(value.median()) for steps, value in gap.items()}
+        gaps = {steps: difference(draw(name, steps), truth) for steps in (200, 400)}
+        at = {steps: float(value.median()) for steps, value in gaps.items()}
         met.append(check(f"{name}, 200 steps, median difference", at[200], 2e-2, note=f"{at[400]:.3g} at 400"))
         fall = at[200] / at[400]
         met.append(check(f"{name}, fall of the difference from 200 to 400 steps", fall, 1.8, at_least=True))
