@@ -33,8 +33,8 @@ def numbers(record: Record) -> str:
             interval = f"{number(metric.low)} to {number(metric.high)}"
         rows.append(
             f'<tr><td>{escape(name.replace("_", " "))}</td><td class="n key">{number(metric.value)}</td>'
-            f'<td class="n">{interval}</td><td class="n">{"" if metric.real is None else number(metric.real)}</td>'
-            f'<td>{gauge(metric)}</td><td class="n">{metric.n or ""}</td></tr>'
+            f'<td class="n">{"" if metric.real is None else number(metric.real)}</td><td>{gauge(metric)}</td>'
+            f'<td class="n">{interval}</td><td class="n">{f"{metric.n:,}" if metric.n else ""}</td></tr>'
         )
     if not rows:
         return ""
@@ -52,8 +52,8 @@ def numbers(record: Record) -> str:
         "the closer the two, the harder the samples are to tell from real ones."
         f"{f' Measured at {measured}.' if measured else ''}</p>"
         '<div class="wide" tabindex="0" role="region" aria-label="Table of measured numbers"><table><thead><tr><th>Measure'
-        '</th><th class="n">Generated</th><th class="n">95 % interval</th><th class="n">Real</th><th><span class="key-dot"></span>'
-        'generated<span class="key-ring"></span>real</th><th class="n">Samples</th></tr></thead>'
+        '</th><th class="n">Generated</th><th class="n">Real</th><th><span class="key-dot"></span>generated'
+        '<span class="key-ring"></span>real</th><th class="n">95 % interval</th><th class="n">Samples</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 

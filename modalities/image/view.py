@@ -36,9 +36,9 @@ STYLE = """<style>
 .iv-strips .iv-tiles { min-width: calc(var(--columns) * 34px); max-width: calc(var(--columns) * 84px); margin-bottom: 4px; }
 .iv-near { display: grid; grid-template-columns: repeat(auto-fill, minmax(max(64px, 12.5% - 14px), 1fr)); gap: 18px 14px; }
 .iv-near figcaption { color: var(--soft, #777); font-size: 13px; text-align: center; font-variant-numeric: tabular-nums; }
-.iv img { display: block; width: 100%; height: auto; border-radius: 2px; background: var(--wash, #eee); }
+.iv img { display: block; width: 100%; height: auto; border-radius: 2px; box-shadow: 0 0 0 1px var(--line, #ddd); }
 .iv img.crisp { image-rendering: pixelated; }
-.iv-near img + img { margin-top: 3px; }
+.iv-near img + img { margin-top: 4px; }
 .iv h4 { margin: 0 0 8px; font-size: 14px; font-weight: 550; color: var(--soft, #777); }
 </style>"""
 
@@ -133,7 +133,7 @@ def _neighbours(samples: Sequence[Item], reference: Sequence[Item]) -> str:
     if len(real) > 2:
         few = _spread(range(len(real)), 64)
         among, _ = nearest([real[i].x for i in few], [item.x for item in real], exclude=few)
-        typical = f" Between real images the median is {float(among.median()):.1f}; a sample far below that is a copy."
+        typical = f" Between real images the median is {float(among.median()):.1f}; a sample far below that is most likely a copy."
     figures = "".join(
         f"<figure>{_image(item.x, 'Generated ' + _label(item))}{_image(real[int(j)].x, 'Nearest real ' + _label(real[int(j)]))}"
         f"<figcaption>{float(d):.1f}</figcaption></figure>"

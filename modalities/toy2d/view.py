@@ -21,7 +21,7 @@ STYLE = """<style>
 .tv { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr)); gap: 24px 28px; }
 .tv svg { display: block; width: 100%; max-width: 460px; border: 1px solid var(--line, #ddd); border-radius: 6px; background: var(--raised, transparent); }
 .tv figcaption { margin-top: 6px; color: var(--soft, #777); font-size: 14px; }
-.tv path { fill: none; stroke-linecap: round; stroke-width: 1.3; stroke: hsl(var(--h) 70% var(--lightness, 50%)); opacity: .75; }
+.tv path { fill: none; stroke-linecap: round; stroke-width: 1.3; stroke: hsl(var(--h) 70% var(--lightness, 50%)); opacity: .85; }
 .tv path.real { stroke: var(--soft, #999); opacity: .4; }
 .tv-way { grid-template-columns: repeat(auto-fill, minmax(max(140px, 25% - 16px), 1fr)); gap: 16px; }
 .tv-way path { stroke-width: 2; }
