@@ -183,9 +183,12 @@ def configuration(record: Record) -> str:
 def _overrides(record: Record) -> list[str]:
     """What was chosen on top of the experiment, as words of the command line."""
     try:
-        usual = _usual(str(record.get("experiment")))
+        usual = dict(_usual(str(record.get("experiment"))))
     except ConfigError:  # an experiment of somebody's own folder
         return []
+    # A run notes where its data set was found; only a file of another name was somebody's choice.
+    if Path(str(record.get("data", "path"))).stem == record.get("data", "name"):
+        usual["data.path"] = record.get("data", "path")
     return [
         f"{key}={value if isinstance(value, str) else json.dumps(value)}"
         for key, value in _flat(record.config).items()

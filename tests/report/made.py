@@ -54,7 +54,7 @@ def make_run(folder: Path, name: str = "image-digits", classes: Sequence[str] = 
         "data": {"name": "digits", "path": None, "options": {}},
         "network": {"name": "unet", "channels": 32},
         "process": {"schedule": "edm"},
-        "sampling": {"solver": "dpmpp-2m", "grid": "karras", "steps": 20, "guidance": 1.5},
+        "sampling": {"solver": "dpmpp-2m", "grid": "karras", "steps": 20, "guidance": 1.75},
         "trainer": {"steps": 2000, "batch": 128, "seed": 0, "device": "cpu"},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))

@@ -56,7 +56,7 @@ def test_the_page_tells_the_run(run: Path) -> None:
             "351,000",
             "2,000 of 2,000",
             "3 min 19 s",
-            "dpmpp-2m, 20 steps, guidance 1.5",
+            "dpmpp-2m, 20 steps, guidance 1.75",
             "torch 2.12.0",
         ),
         *("3.41", "3.1 to 3.8", "class accuracy", "step 2,000, 360 samples", "step 250", "One curve for each log-SNR"),
@@ -66,7 +66,7 @@ def test_the_page_tells_the_run(run: Path) -> None:
             "git checkout 4f4ba39",
             "polydiff train experiment=image-digits",
         ),
-        *("sampling.guidance=1.5", f"polydiff evaluate run={run}"),
+        *("sampling.guidance=1.75", f"polydiff evaluate run={run}"),
     ):
         assert fact in read.text, fact
     sections = {attrs["id"]: attrs["aria-label"] for attrs in read.all("section")}
@@ -131,6 +131,18 @@ def test_strange_values_are_left_out(run: Path) -> None:
     drawn = re.sub('"data:[^"]*"', "", html.split("<main>")[1].split("config.yaml")[0])
     assert "7.25" in drawn and not re.search(r"\b(nan|inf|None)\b", drawn)
     assert "One curve for each t" in html
+
+
+@pytest.mark.parametrize(("path", "told"), [("/data/digits.h5", False), ("/data/my-own.h5", True), (None, False)])
+def test_the_command_names_what_was_chosen_and_no_more(run: Path, path: str | None, told: bool) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["path"] = path
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (command,) = re.findall(
+        "polydiff train ([^\n]*?)polydiff", Read(page(run)).text.replace("# draw, measure and look\n", "")
+    )
+    assert "sampling.guidance=1.75" in command and "network.name" not in command
+    assert ("data.path=/data/my-own.h5" in command) == told and ("data.path" in command) == told
 
 
 def test_hostile_strings_stay_text(tmp_path: Path) -> None:
