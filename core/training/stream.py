@@ -7,6 +7,7 @@ items come in the same order whatever the number of processes, micro-batches or 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import multiprocessing
 import os
@@ -25,19 +26,18 @@ from polydiff.core.errors import ConfigError
 from polydiff.core.tree import State
 
 Batch = tuple[State, Tensor | None, dict[str, Tensor]]
-PURPOSES = ("order", "augment", "noise", "dropout", "held-out", "preview")
 
 
 def derive(seed: int, purpose: str, *keys: int) -> int:
     """A 63-bit seed that is a pure function of the run's seed, what it is for, and any counters.
 
     Args:
-        seed: the run's seed, >= 0.
-        purpose: one of ``PURPOSES``; streams of different purposes never share a seed by construction.
-        keys: non-negative counters such as step, epoch, index.
+        seed: the run's seed.
+        purpose: streams of different purposes have different seeds.
+        keys: counters such as step, epoch, index.
     """
-    words = np.random.SeedSequence((seed, PURPOSES.index(purpose), *keys)).generate_state(2, np.uint32)
-    return (int(words[0]) | int(words[1]) << 32) & (2**63 - 1)
+    words = "/".join(map(str, (seed, purpose, *keys)))
+    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little") >> 1
 
 
 class Stream:
@@ -112,10 +112,11 @@ class Keyed(Dataset[Item]):
         augment = getattr(self.dataset, "augment", None)
         if augment is None:
             return items
-        return [augment(item, self._generator(key)) for item, key in zip(items, keys, strict=True)]
-
-    def _generator(self, key: tuple[int, int]) -> torch.Generator:
-        return torch.Generator().manual_seed(derive(self.seed, "augment", *key))
+        generator = torch.Generator()
+        return [
+            augment(item, generator.manual_seed(derive(self.seed, "augment", *key)))
+            for item, key in zip(items, keys, strict=True)
+        ]
 
 
 def loader(
