@@ -9,8 +9,6 @@ with the shipped configuration.
 
 from __future__ import annotations
 
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -19,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-import torch
+from _bars import check, machine
 
 import polydiff
 from polydiff.core.adapter import Metric
@@ -36,10 +34,6 @@ class Bar:
     measure: Callable[[Mapping[str, Metric]], float]
     bound: float
     at_least: bool = True
-
-    def met(self, value: float) -> bool:
-        """Whether a measured value keeps it; one that is not a number never does."""
-        return value >= self.bound if self.at_least else value <= self.bound
 
 
 def frechet_ratio(metrics: Mapping[str, Metric]) -> float:
@@ -69,17 +63,12 @@ def judge(results: Mapping[float, list[Mapping[str, Metric]]]) -> bool:
     Args:
         results: by guidance, the metrics of each seed.
     """
-    everything_met = True
+    met = []
     for bar in BARS:
         values = [bar.measure(metrics) for metrics in results[bar.guidance]]
-        met = bar.met(fmean(values))
-        everything_met &= met
-        sign = ">=" if bar.at_least else "<="
-        print(
-            f"guidance {bar.guidance:g}: {bar.name} {fmean(values):.4f} ({min(values):.4f} to {max(values):.4f}), "
-            f"bar {sign} {bar.bound:g}: {'met' if met else 'MISSED'}"
-        )
-    return everything_met
+        name, spread = f"guidance {bar.guidance:g}, {bar.name}", f"{min(values):.4g} to {max(values):.4g}"
+        met.append(check(name, fmean(values), bar.bound, at_least=bar.at_least, note=spread))
+    return all(met)
 
 
 def main(run: Path, seeds: int, steps: int) -> int:
@@ -107,8 +96,7 @@ def main(run: Path, seeds: int, steps: int) -> int:
     met = judge(results)
     print(
         f"digits quality: step {model.step}, {len(test)} samples, {seeds} seeds, {time.monotonic() - began:.0f} s; "
-        f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, {model.device}: "
-        f"{'met' if met else 'MISSED'}"
+        f"{machine(model.device)}"
     )
     return 0 if met else 1
 

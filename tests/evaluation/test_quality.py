@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def test_real_digits_score_as_real(digits):
     assert result["recall"].value > 0.85
     assert result["precision"].value > 0.85
     low, value, *_ = known(result["frechet_distance"])
-    assert low > 0.3 * value  # the classes are strata: with drawn classes it would reach 0
+    assert low > 0.15 * value  # the classes are strata: with drawn classes it would reach 0
 
 
 def test_damage_is_seen_in_the_right_measure(digits):
@@ -171,17 +171,10 @@ def test_points(moons):
     assert unlabelled["outliers"].real is None
 
 
-def test_the_bar_passes_real_digits_and_fails_damaged_ones(digits, capsys):
+def test_the_bar_passes_real_digits_and_fails_damaged_ones(digits, capsys, monkeypatch):
     """The judgement of ``tests/bars/digits_quality.py`` on samples whose worth is known."""
-    import importlib.util
-
-    path = Path(__file__).resolve().parents[1] / "bars" / "digits_quality.py"
-    spec = importlib.util.spec_from_file_location("digits_quality", path)
-    assert spec is not None
-    assert spec.loader is not None
-    bar = importlib.util.module_from_spec(spec)
-    sys.modules["digits_quality"] = bar
-    spec.loader.exec_module(bar)
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "bars")
+    bar = importlib.import_module("digits_quality")
     _, test, score = digits
     generator = torch.Generator().manual_seed(0)
     good = score(test)
@@ -194,4 +187,4 @@ def test_the_bar_passes_real_digits_and_fails_damaged_ones(digits, capsys):
     assert not any("recall" in line for line in missed)  # noise hides in recall: one bar alone would not do
     missing = {**good, "class_accuracy": good["class_accuracy"]._replace(value=float("nan"))}
     assert not bar.judge({1.0: [good], 1.5: [missing]})
-    assert "guidance 1.5: intended class nan" in capsys.readouterr().out
+    assert "guidance 1.5, intended class: nan" in capsys.readouterr().out
