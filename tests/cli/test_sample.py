@@ -1,0 +1,149 @@
+"""``polydiff sample``: files an independent program can read, a record beside them, and nothing overwritten."""
+
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from polydiff.core.run import Run
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(moons_run: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(moons_run, tmp_path / "run")
+
+
+def test_samples_are_files_with_a_record(polydiff: Command, run: Path) -> None:
+    words = ["n=5", "seed=3", "solver=heun", "steps=6", "grid=uniform", "guidance=1.5", "cond.label=[upper,1,null]"]
+    code, out, error = polydiff("sample", f"run={run}", *words)
+    folder = run / "samples/heun-6-seed3"
+    assert (code, error) == (0, "")
+    assert f"wrote {folder}/" in out
+    files = [f"sample-{k:05d}.csv" for k in range(5)]
+    assert sorted(path.name for path in folder.iterdir()) == [*files, "samples.json"]
+    record = json.loads((folder / "samples.json").read_text())
+    assert [entry["file"] for entry in record["samples"]] == files
+    upper, lower = ({"label": {"index": k, "name": name}} for k, name in enumerate(("upper", "lower")))
+    assert [entry["cond"] for entry in record["samples"]] == [upper, lower, {}, upper, lower]
+    expected = {
+        "seed": 3,
+        "solver": "heun",
+        "steps": 6,
+        "grid": "uniform",
+        "guidance": 1.5,
+        "checkpoint_step": 40,
+        "n": 5,
+    }
+    assert expected.items() <= record.items()
+    assert record["cond"] == {"label": ["upper", 1, None]}
+    items = Run.load(run).sample(5, {"label": [0, 1, None]}, None, "heun", 6, "uniform", 1.5, seed=3)
+    for file, item in zip(files, items, strict=True):
+        point = np.loadtxt(folder / file, delimiter=",", skiprows=1, dtype=np.float32)
+        assert torch.equal(torch.from_numpy(point), torch.as_tensor(item.x))
+
+
+def test_the_same_command_rewrites_and_another_takes_a_new_name(polydiff: Command, run: Path) -> None:
+    def names() -> list[str]:
+        return sorted(path.name for path in (run / "samples").iterdir())
+
+    assert polydiff("sample", f"run={run}", "n=3", "steps=2")[0] == 0
+    first = {path.name: path.read_bytes() for path in (run / "samples/dpmpp-2m-2-seed0").iterdir()}
+    assert polydiff("sample", f"run={run}", "n=3", "steps=2")[0] == 0
+    assert names() == ["dpmpp-2m-2-seed0"]
+    assert polydiff("sample", f"run={run}", "n=2", "steps=2", "cond.label=1")[0] == 0
+    assert polydiff("sample", f"run={run}", "n=2", "steps=2", "cond.label=1")[0] == 0
+    assert names() == ["dpmpp-2m-2-seed0", "dpmpp-2m-2-seed0-2"]
+    assert {path.name: path.read_bytes() for path in (run / "samples/dpmpp-2m-2-seed0").iterdir()} == first
+
+
+def test_out_names_the_folder_and_never_takes_one_that_holds_something_else(
+    polydiff: Command, refused: Command, run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "my samples"
+    words = ["sample", f"run={run}", "n=2", "steps=2", f"out={out}"]
+    out.mkdir()
+    assert polydiff(*words)[0] == 0
+    assert polydiff(*words)[0] == 0
+    before = (out / "samples.json").read_bytes()
+    assert "holds samples of other settings: choose another folder" in refused(*words, "seed=1")
+    assert (out / "samples.json").read_bytes() == before
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious/thesis.txt").write_text("years")
+    said = refused(*words[:-1], f"out={tmp_path / 'precious'}")
+    assert "exists and has no samples.json, so it is no folder of samples" in said
+    assert [path.name for path in (tmp_path / "precious").iterdir()] == ["thesis.txt"]
+    assert "is a file" in refused(*words[:-1], f"out={tmp_path / 'precious/thesis.txt'}")
+
+
+def test_other_formats_are_the_adapters(polydiff: Command, refused: Command, run: Path) -> None:
+    assert polydiff("sample", f"run={run}", "n=1", "steps=2", "format=npy")[0] == 0
+    assert np.load(run / "samples/dpmpp-2m-2-seed0/sample-00000.npy").shape == (2,)
+    assert "unknown format 'cvs': did you mean csv" in refused("sample", f"run={run}", "format=cvs")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["n=-1"], "n=-1 must be at least 1"),
+        (["n=0"], "n=0 must be at least 1"),
+        (["steps=0"], "steps=0 must be at least 1"),
+        (["batch=0"], "batch=0 must be at least 1"),
+        (["solver=huen"], "unknown solver 'huen': did you mean heun"),
+        (["grid=karas"], "unknown grid 'karas': did you mean karras"),
+        (["stepz=3"], "unknown option 'stepz': did you mean steps"),
+        (["cond.label=12"], "cond.label=12: valid are the indices 0 to 1 and the names upper, lower"),
+        (["cond.label=middle"], "cond.label=middle: valid are"),
+        (["cond.lable=1"], "unknown condition 'lable': did you mean label"),
+        (["size.height=3"], "unknown size 'size.height'"),
+        (["guidance=3"], "guidance=3.0 needs a condition"),
+        (["guidance=strong"], "guidance must be a number"),
+        (["device=abacus"], "device=abacus cannot be used here"),
+        (["out=/proc/polydiff/samples"], "/proc/polydiff: No such file or directory"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(refused: Command, run: Path, words: list[str], message: str) -> None:
+    assert message in refused("sample", f"run={run}", *words)
+    assert not (run / "samples").exists() or not list((run / "samples").iterdir())
+
+
+def test_no_run_is_one_line(refused: Command, tmp_path: Path) -> None:
+    assert "no such run; train one with: polydiff train" in refused("sample", f"run={tmp_path / 'nothing'}")
+    (tmp_path / "empty").mkdir()
+    assert "no checkpoint in this folder" in refused("sample", f"run={tmp_path / 'empty'}")
+
+
+def test_damaged_checkpoints_are_one_line_when_none_is_left(polydiff: Command, refused: Command, run: Path) -> None:
+    newest, older = (run / "checkpoints" / f"step-{step:08d}" for step in (40, 20))
+    (newest / "ema.safetensors").write_bytes((newest / "ema.safetensors").read_bytes()[:-1])
+    code, out, error = polydiff("sample", f"run={run}", "n=1", "steps=1")
+    assert code == 0
+    assert "1 samples of step 20" in out
+    assert error.startswith("polydiff: warning: FALLING BACK to step 20: ")
+    assert error.count("\n") == 1
+    (older / "manifest.json").write_text("{}")
+    assert "none of the 2 checkpoints is valid" in refused("sample", f"run={run}")
+
+
+def test_a_folder_without_permission_is_one_line(run: Path) -> None:
+    run.chmod(0o555)
+    command = [sys.executable, "-m", "polydiff", "sample", f"run={run}", "n=1", "steps=1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=obey_permissions)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"polydiff sample: {run / 'samples'}: Permission denied\n"
+
+
+def obey_permissions() -> None:
+    """Give up root's right to write anywhere, before the command starts."""
+    pr_capbset_drop, cap_dac_override = 24, 1
+    if os.geteuid() == 0:
+        assert ctypes.CDLL(None).prctl(pr_capbset_drop, cap_dac_override, 0, 0, 0) == 0
