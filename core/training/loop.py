@@ -38,12 +38,11 @@ def train(config: Mapping[str, Any], run: Path, *, init: Path | None = None, qui
         DivergenceError: too many steps in a row had a non-finite loss or gradient.
     """
     from polydiff.core import adapter as adapters
-    from polydiff.core.build import build
+    from polydiff.core.build import build, data_path
 
     _check(config)
-    adapter, data = adapters.load(config["adapter"]), config["data"]
-    if not data.get("path"):
-        raise ConfigError("data.path has no value: name the data file")
+    adapter = adapters.load(config["adapter"])
+    data = {**config["data"], "path": data_path(config["data"])}
     dataset = adapter.dataset(data["path"], "train", **data["options"])
     built = build(config, dataset.facts, local=True, seed=config["trainer"]["seed"])
     parts = Parts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import threading
 from contextlib import AbstractContextManager
@@ -89,6 +90,22 @@ class Runtime:
     def barrier(self) -> None:
         """Wait for all processes."""
         self._accelerator.wait_for_everyone()
+
+    def finish(self) -> None:
+        """Wait for all processes, so that none leaves (and makes a launcher end the others) while one still saves.
+
+        The group is taken down when the interpreter ends, not here: another run may follow in the same processes. After
+        an error nobody calls this, because taking a group down may wait for those who are gone.
+        """
+        if self.world > 1:
+            self.barrier()
+            atexit.unregister(_leave)
+            atexit.register(_leave)
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class Interrupt(AbstractContextManager["Interrupt"]):

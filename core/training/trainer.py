@@ -185,6 +185,7 @@ class Trainer:
             if last or signal is not None or step % options["save_every"] == 0:
                 self._save()
         self._farewell(signal)
+        self.runtime.finish()
         return TrainResult(self.run, state.step, steps, self.started, None if state.step >= steps else signal)
 
     def _step(self, batches: Iterator[Any]) -> float:
