@@ -150,7 +150,7 @@ def _conditions(folder: Path) -> dict[str, dict[str, Any]]:
             }
             for entry in entries
         }
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 

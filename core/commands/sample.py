@@ -139,7 +139,7 @@ def _occupied(folder: Path, record: dict[str, Any]) -> str:
         return ""
     try:
         old = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return f"exists and has no {RECORD}, so it is no folder of samples"
     same = isinstance(old, dict) and json.loads(json.dumps(record)) == {k: v for k, v in old.items() if k != "samples"}
     return "" if same else "holds samples of other settings"

@@ -98,7 +98,7 @@ def _train(config: Config, run: Path, chosen: Options) -> int:
 
 
 def _prepare(config: Config, run: Path) -> None:
-    """Find the data and everything that can be found wrong before training; fills in ``data.path``.
+    """Find the data and everything that can be found wrong before training; makes ``data.path`` absolute.
 
     Raises:
         PolydiffError: what is wrong, in one line.
@@ -124,7 +124,10 @@ def _prepare(config: Config, run: Path) -> None:
     if run.is_dir() and any(run.iterdir()) and not any((run / name).exists() for name in ("config.yaml", "lock")):
         raise ConfigError(f"run={run} exists and holds no run: choose another folder")
     section = config["data"]
-    path = Path(section["path"]).expanduser() if section["path"] else data.locate(section["name"])
+    if not section["path"]:
+        data.locate(section["name"])  # prepares an embedded set; the run remembers the name, not the place
+        return
+    path = Path(section["path"]).expanduser()
     if not path.is_file():
         raise DataError(f"data.path={path}: no such file")
     section["path"] = str(path.absolute())

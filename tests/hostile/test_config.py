@@ -36,7 +36,8 @@ TEXTS = {
     "python tag inside": "network: !!python/name:os.system\n",
     "aliases that unfold": "a: &a [x, x]\n"
     + "".join(f"b{i}: &b{i} [*{'a' if not i else f'b{i - 1}'}, *a]\n" for i in range(40)),
-    "deep": "[" * 50_000,
+    "deep": "[" * 500_000,
+    "deep blocks": "".join(" " * depth + "a:\n" for depth in range(1000)),
     "too large": "x: " + "y" * (build.LARGEST_CONFIG + 1) + "\n",
     "no dictionary": "- a\n- b\n",
     "empty": "",
