@@ -25,7 +25,7 @@ def train(config: Mapping[str, Any], run: Path, *, init: Path | None = None, qui
     """Train the model that a configuration describes, or go on with it.
 
     Args:
-        config: a resolved configuration; ``data.path`` names the data file.
+        config: a resolved configuration; without ``data.path`` the prepared data set of that name is found.
         run: the run folder.
         init: start from the averaged weights of this other run.
         quiet: True for no output, False for a progress bar in any case, None to let the terminal decide.
