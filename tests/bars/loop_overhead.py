@@ -1,6 +1,6 @@
 """Bar "loop overhead": items/s through the training loop against a bare loop with the same parts.
 
-    python tests/bars/loop_overhead.py [steps=60] [device=cpu] [only=digits|large]
+    python tests/bars/loop_overhead.py [steps=100] [device=cpu] [only=digits|large]
 
 Both train at the same time, a few steps of one and a few steps of the other in turn, so that a busy machine slows both.
 The bare loop indexes a tensor for its batches, and has the same network, objective, clipping, fused AdamW and average, and
@@ -78,7 +78,7 @@ class Bare:
             self.adamw.step()
             self.adamw.zero_grad(set_to_none=True)
             with torch.no_grad():
-                torch._foreach_lerp_(list(self.average.parameters()), list(self.denoiser.parameters()), 1e-3)  # type: ignore[arg-type]
+                torch._foreach_lerp_(list(self.average.parameters()), list(self.denoiser.parameters()), 1e-3)
 
 
 class Alternating:
@@ -148,7 +148,7 @@ def main(steps: int, device: str, only: str) -> int:
         train, test = (adapter.dataset(str(path), split, **config["data"]["options"]) for split in ("train", "test"))
         met.append(measure("digits", 0.90, [], train, test, steps, device))
     if only in ("", "large"):
-        words = ["network.channels=92", "network.multipliers=[1,2,2]", "network.blocks=2", "trainer.batch=16"]
+        words = ["network.channels=96", "network.multipliers=[1,2,2]", "network.blocks=2", "trainer.batch=16"]
         met.append(measure("large", 0.95, words, Patterns(512), Patterns(32), max(24, steps // 2), device))
     name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     print(f"torch {torch.__version__}, {name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
@@ -157,4 +157,4 @@ def main(steps: int, device: str, only: str) -> int:
 
 if __name__ == "__main__":
     given = dict(word.split("=", 1) for word in sys.argv[1:])
-    raise SystemExit(main(int(given.get("steps", 60)), given.get("device", "cpu"), given.get("only", "")))
+    raise SystemExit(main(int(given.get("steps", 100)), given.get("device", "cpu"), given.get("only", "")))
