@@ -13,7 +13,7 @@ from torch import Tensor
 import polydiff
 from polydiff.core.adapter import Item
 from polydiff.core.denoiser import Prediction
-from polydiff.core.errors import CheckpointError, ConfigError, DivergenceError
+from polydiff.core.errors import CheckpointError, ConfigError, DataError, DivergenceError
 from polydiff.core.run import Run
 
 
@@ -194,7 +194,10 @@ def test_sampling_leaves_the_global_random_state_alone(run: Run) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_data_of_a_run_are_found_again_where_they_moved(run: Run, data_folder: Path) -> None:
-    assert run.config["data"]["path"] == str(data_folder / "moons.h5")
-    run.config["data"]["path"] = "/gone/moons.h5"
-    assert run.dataset("test").facts["sha256"] == run.facts["sha256"]
+def test_the_data_of_a_run_are_found_by_name_also_when_their_file_has_moved(run: Run) -> None:
+    for path in (None, "/gone/moons.h5"):
+        run.config["data"]["path"] = path
+        assert run.dataset("test").facts["sha256"] == run.facts["sha256"]
+    run.config["data"] |= {"name": "mine", "path": "/gone/mine.h5"}
+    with pytest.raises(DataError, match=r"/gone/mine\.h5"):
+        run.dataset("test")

@@ -36,7 +36,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_run_is_trained_finished_continued_and_begun_anew(polydiff: Command, here: Path) -> None:
+def test_a_run_is_trained_finished_continued_and_begun_anew(polydiff: Command, here: Path, data_folder: Path) -> None:
     code, out, error = polydiff("train", *SMALL)
     run = Path("runs/toy2d")
     assert code == 0
@@ -47,7 +47,7 @@ def test_a_run_is_trained_finished_continued_and_begun_anew(polydiff: Command, h
     assert {path.name for path in here.iterdir()} == {"runs"}  # the working directory stays, and hydra leaves nothing
     assert step(run) == 4
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert (config["network"]["width"], Path(config["data"]["path"]).name) == (8, "moons.h5")
+    assert (config["network"]["width"], config["data"]["name"], config["data"]["path"]) == (8, "moons", None)
 
     code, out, error = polydiff("train", *SMALL)
     assert (code, error) == (0, "")
@@ -62,9 +62,11 @@ def test_a_run_is_trained_finished_continued_and_begun_anew(polydiff: Command, h
     assert "the old run is now runs/toy2d.old-1" in out
     assert step(Path("runs/toy2d.old-1")) == 6
 
-    code, _, error = polydiff("train", *SMALL, "run=second", f"init={run}")
+    shutil.copy(data_folder / "moons.h5", "my moons.h5")
+    code, _, error = polydiff("train", *SMALL, "run=second", f"init={run}", "data.path='my moons.h5'")
     assert code == 0
     assert "second starts from runs/toy2d (step 4)" in error
+    assert yaml.safe_load(Path("second/config.yaml").read_text())["data"]["path"] == str(here / "my moons.h5")
 
 
 def test_several_values_train_one_after_another(polydiff: Command, here: Path) -> None:

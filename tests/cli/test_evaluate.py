@@ -1,0 +1,100 @@
+"""``polydiff evaluate``: the numbers are the adapter's metrics of the samples that the options describe."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+from polydiff.core.run import Run
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(moons_run: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(moons_run, tmp_path / "run")
+
+
+def test_a_run_is_scored_against_its_data_with_the_conditions_of_the_held_out_items(
+    polydiff: Command, run: Path
+) -> None:
+    code, out, error = polydiff("evaluate", f"run={run}", "n=60", "seeds=2", "seed=4", "steps=3", "guidance=1.5")
+    assert (code, error) == (0, "")
+    result = json.loads((run / "evaluation/metrics.json").read_text())
+    expected = {"checkpoint_step": 40, "n": 60, "seeds": [4, 5], "steps": 3, "guidance": 1.5, "solver": "dpmpp-2m"}
+    assert expected.items() <= result.items()
+
+    trained = Run.load(run)
+    train, held_out = ([*trained.dataset(split)] for split in ("train", "test"))
+    labels = [item.cond["label"] for item in held_out]
+    scores = []
+    for seed in (4, 5):
+        samples = trained.sample(60, {"label": labels}, steps=3, guidance=1.5, seed=seed)
+        assert [item.cond["label"] for item in samples] == labels[:60]
+        scores.append(trained.adapter.metrics(samples, train, {"held_out": held_out, "seed": seed}))
+    assert {*result["metrics"]} == {*scores[0]}
+    for name, entry in result["metrics"].items():
+        for field in ("value", "low", "high", "real"):
+            values = [getattr(score[name], field) for score in scores]
+            assert entry[field] == pytest.approx(fmean(values), rel=1e-5), (name, field)
+        assert [part[name]["value"] for part in result["by_seed"]] == pytest.approx(
+            [s[name].value for s in scores], rel=1e-5
+        )
+        assert f"  {name} " in out
+        assert f"{entry['value']:.4g}" in out
+    assert "60 samples, dpmpp-2m on karras, 3 steps, guidance 1.5, mean of 2 seeds" in out
+    assert f"wrote {run / 'evaluation/metrics.json'}" in out
+
+
+def test_by_default_every_held_out_item_has_its_sample(polydiff: Command, run: Path) -> None:
+    assert polydiff("evaluate", f"run={run}", "steps=1")[0] == 0
+    result = json.loads((run / "evaluation/metrics.json").read_text())
+    assert (result["n"], result["by_seed"]) == (2000, [])
+    assert {entry["n"] for entry in result["metrics"].values()} == {2000}
+
+
+def test_folders_of_files_are_compared_too(polydiff: Command, refused: Command, run: Path, tmp_path: Path) -> None:
+    one, two = (tmp_path / name for name in ("one", "two"))
+    for folder, seed in ((one, 0), (two, 1)):
+        words = ["n=30", "steps=2", f"seed={seed}", f"out={folder}", "cond.label=[0,1]"]
+        assert polydiff("sample", f"run={run}", *words)[0] == 0
+    code, out, _ = polydiff("evaluate", f"samples={one}", f"reference={two}", "adapter=toy2d")
+    assert code == 0
+    assert f"30 files in {one} against 30 in {two}" in out
+    metrics = json.loads((one / "metrics.json").read_text())["metrics"]
+    items = [Run.load(run).sample(30, {"label": [0, 1]}, steps=2, seed=seed) for seed in (0, 1)]
+    expected = Run.load(run).adapter.metrics(items[0], items[1], {"held_out": None})
+    for name, metric in expected.items():
+        assert metrics[name]["value"] == pytest.approx(metric.value, abs=1e-5), name
+
+    (tmp_path / "empty").mkdir()
+    for words, message in [
+        ([f"reference={tmp_path / 'empty'}", "adapter=toy2d"], "no files that the adapter 'toy2d' reads (.csv, .npy)"),
+        ([f"reference={tmp_path / 'nothing'}", "adapter=toy2d"], "no such folder"),
+        ([f"reference={two}", "adapter=toy3d"], "unknown adapter 'toy3d': did you mean toy2d"),
+        ([f"reference={two}"], "samples=DIR also needs reference=DIR and adapter=NAME"),
+        ([f"reference={two}", "adapter=toy2d", f"run={run}"], "give either run=DIR, or samples=DIR"),
+    ]:
+        assert message in refused("evaluate", f"samples={one}", *words)
+    (two / "sample-00003.csv").write_text("x,y\n1\n")
+    assert "sample-00003.csv: not a point" in refused("evaluate", f"samples={one}", f"reference={two}", "adapter=toy2d")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["n=0"], "n=0 must be at least 1"),
+        (["seeds=0"], "seeds=0 must be at least 1"),
+        (["steps=0"], "steps=0 must be at least 1"),
+        (["solver=huen"], "unknown solver 'huen': did you mean heun"),
+        (["split=tset"], "no items in split 'tset'; it has: test (2000), train (8000)"),
+        (["data=nothing.h5"], "nothing.h5"),
+        (["n=1", "steps=1"], "at least 2"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(refused: Command, run: Path, words: list[str], message: str) -> None:
+    assert message in refused("evaluate", f"run={run}", *words)
+    assert not (run / "evaluation/metrics.json").exists()

@@ -1,0 +1,46 @@
+"""The examples run as they stand, shorter."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+
+def run(root: Path, name: str, steps: int, folder: Path) -> str:
+    command = [sys.executable, str(root / "examples" / name), str(steps)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+def test_toy2d_learns_where_the_points_are(root: Path, tmp_path: Path) -> None:
+    lines = dict(
+        line.split() for line in run(root, "toy2d.py", 250, tmp_path).splitlines() if not line.startswith("step")
+    )
+    assert float(lines["sliced_wasserstein"]) < 0.15  # 0.65 for the noise it starts from
+    assert float(lines["class_accuracy"]) > 0.9
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_image_writes_a_hundred_digits(root: Path, tmp_path: Path) -> None:
+    paths = run(root, "image.py", 2, tmp_path).splitlines()[-100:]
+    assert len({*paths}) == 100
+    for path in paths:
+        with Image.open(tmp_path / path) as digit:
+            assert (digit.size, digit.mode) == ((8, 8), "L")
+
+
+@pytest.mark.slow
+def test_image_learns_digits(root: Path, tmp_path: Path) -> None:
+    from polydiff import data
+    from polydiff.core.adapter import Item, load
+    from polydiff.core.evaluation.classifier import classify
+    from polydiff.core.evaluation.features import obtain, stack
+
+    run(root, "image.py", 1500, tmp_path)
+    adapter = load("image")
+    codec = adapter.codec({})
+    train = [*adapter.dataset(data.locate("digits"), "train")]
+    samples = [Item(codec.encode(codec.read(path))) for path in sorted((tmp_path / "digits").iterdir())]
+    seen = classify(obtain(None, train)[0], stack(samples))
+    assert sum(int(label) == k % 10 for k, label in enumerate(seen)) >= 90
