@@ -116,7 +116,9 @@ class Trainer:
         first = runtime.rank * self.options["accumulate"]
         self.chunks = range(first, first + self.options["accumulate"])
         parts.denoiser.to(runtime.device).train()
-        if self.options["channels_last"]:
+        if (
+            self.options["channels_last"] and runtime.device.type == "cuda"
+        ):  # on CPUs it slows group norms several times
             parts.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.names = tuple(getattr(parts.objective, "terms", None) or ())
         self.logs: Logs | None = None

@@ -53,7 +53,8 @@ class Bare:
 
     def __init__(self, parts: Parts, config: dict[str, Any], device: torch.device) -> None:
         self.denoiser = copy.deepcopy(parts.denoiser).to(device).train()
-        self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if device.type == "cuda":
+            self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average, self.objective, self.batch = (
             copy.deepcopy(self.denoiser),
             parts.objective,
