@@ -3,63 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from polydiff.core.adapter import Adapter, Condition, Item
+from polydiff.core.adapter import Adapter, Item
 from polydiff.core.build import Built, build, check_stored, open_data, read_config
-from polydiff.core.denoiser import Denoise, Denoiser, finite
-from polydiff.core.errors import CheckpointError, ConfigError, DivergenceError, unknown
-from polydiff.core.grids import GRIDS
+from polydiff.core.denoiser import Denoise, Denoiser
+from polydiff.core.errors import CheckpointError, ConfigError, unknown
 from polydiff.core.guidance import cfg
 from polydiff.core.noise import Noise
+from polydiff.core.request import Settings, conditions, positive, sampling_settings
 from polydiff.core.sampling import sample
-from polydiff.core.solvers.names import NAMES
 from polydiff.core.training import checkpoint as checkpoints
 from polydiff.core.training.state import load_weights
 from polydiff.core.tree import State, move, tree_map
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to sample: what a run's ``sampling`` section holds, with a caller's own choices put over it."""
-
-    solver: str
-    grid: str
-    steps: int
-    guidance: float = 1.0
-    interval: tuple[float, float] | None = None
-
-
-def sampling_settings(
-    section: Mapping[str, Any],
-    solver: str | None = None,
-    grid: str | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-) -> Settings:
-    """A ``sampling`` section with what is not None put over it.
-
-    Raises:
-        ConfigError: an unknown solver or grid, or fewer than one step.
-    """
-    chosen = Settings(
-        solver=section["solver"] if solver is None else solver,
-        grid=section["grid"] if grid is None else grid,
-        steps=section["steps"] if steps is None else steps,
-        guidance=float(section.get("guidance", 1.0) if guidance is None else guidance),
-        interval=tuple(section["interval"]) if section.get("interval") else None,
-    )
-    if chosen.solver not in NAMES:
-        raise unknown("solver", chosen.solver, NAMES)
-    if chosen.grid not in GRIDS:
-        raise unknown("grid", chosen.grid, GRIDS)
-    positive(steps=chosen.steps)
-    return chosen
 
 
 class Run:
@@ -186,20 +146,7 @@ class Run:
 
     def conditions(self, cond: Mapping[str, Any], n: int) -> list[dict[str, Tensor]]:
         """Conditions of n items; see :meth:`sample` for what ``cond`` may hold."""
-        values: list[dict[str, Tensor]] = [{} for _ in range(n)]
-        for name, value in cond.items():
-            if name not in self.denoiser.conditions:
-                raise unknown("condition", name, self.denoiser.conditions)
-            condition = self.denoiser.conditions[name]
-            choices = _as_list(value, condition)
-            if not choices:
-                raise ConfigError(f"cond.{name}=[] is empty: give at least one value")
-            tensors = [self._condition(name, condition, choice) for choice in choices]
-            for i, item in enumerate(values):
-                tensor = tensors[i % len(tensors)]
-                if tensor is not None:
-                    item[name] = tensor
-        return values
+        return conditions(self.denoiser.conditions, self.facts.get("classes") or {}, cond, n)
 
     def dataset(self, split: str, path: str | Path | None = None) -> Any:
         """The data set this run was trained on, one split of it.
@@ -209,27 +156,6 @@ class Run:
             path: its file, when it is no longer where the configuration says.
         """
         return open_data(self.config, split, None if path is None else Path(path))
-
-    def _condition(self, name: str, condition: Condition, value: Any) -> Tensor | None:
-        if value is None:
-            return None
-        if condition.kind != "class":
-            try:
-                tensor = torch.as_tensor(value, dtype=torch.float32)
-            except (TypeError, ValueError) as error:
-                raise ConfigError(f"cond.{name}={value!r} must be {condition.shape} numbers") from error
-            if tuple(tensor.shape) != condition.shape:
-                raise ConfigError(f"cond.{name} has shape {tuple(tensor.shape)}, not {condition.shape}")
-            return tensor
-        classes = [str(entry) for entry in self.facts["classes"][name]]
-        if isinstance(value, Tensor):
-            value = value.item()
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(classes):
-            return torch.tensor(value)
-        if isinstance(value, str) and value in classes:
-            return torch.tensor(classes.index(value))
-        shown = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
-        raise ConfigError(f"cond.{name}={value}: valid are the indices 0 to {len(classes) - 1} and the names {shown}")
 
     def _blank(self, size: Mapping[str, Any], cond: dict[str, Tensor]) -> Item:
         own = self.facts.get("size") or {}
@@ -262,12 +188,9 @@ class Run:
             steps=settings.steps,
             grid=settings.grid,
             mask=mask,
-            fixed=cond.get("fixed"),
             generator=noise,
             callback=keep if wanted else None,
         )
-        if not finite(x):
-            raise DivergenceError(f"{self.path}: the samples are not finite; has training diverged? see metrics.jsonl")
         return move(x, "cpu"), frames
 
     def _guided(self, mask: Tensor | None, cond: dict[str, Tensor], settings: Settings) -> Denoise:
@@ -297,20 +220,6 @@ def pick_device(name: str) -> torch.device:
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from error
-
-
-def positive(**numbers: int) -> None:
-    """Raise ConfigError for the first number below 1."""
-    for name, number in numbers.items():
-        if number < 1:
-            raise ConfigError(f"{name}={number} must be at least 1")
-
-
-def _as_list(value: Any, condition: Condition) -> list[Any]:
-    if condition.kind == "class":
-        return list(value) if isinstance(value, list | tuple | range) or getattr(value, "ndim", 0) == 1 else [value]
-    deep = len(condition.shape) + 1
-    return list(value) if value is not None and torch.as_tensor(value).ndim == deep else [value]
 
 
 def _chunks(kinds: Sequence[frozenset[str]], width: int) -> Iterator[list[int]]:

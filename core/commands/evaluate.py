@@ -61,7 +61,8 @@ def main(words: list[str]) -> int:
 
 def _evaluate_run(chosen: Options, path: Path) -> int:
     from polydiff.core.build import data_path
-    from polydiff.core.run import Run, positive
+    from polydiff.core.request import positive
+    from polydiff.core.run import Run
 
     positive(seeds=chosen.seeds, batch=chosen.batch, **({} if chosen.n is None else {"n": chosen.n}))
     run = Run.load(path, chosen.device, chosen.network)

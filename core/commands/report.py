@@ -29,7 +29,8 @@ def main(words: list[str]) -> int:
     chosen = options.parse(Options, words)
 
     from polydiff.core.report import report
-    from polydiff.core.run import check_folder, positive
+    from polydiff.core.request import positive
+    from polydiff.core.run import check_folder
 
     positive(**({} if chosen.n is None else {"n": chosen.n}))
     check_folder(chosen.run)

@@ -59,7 +59,8 @@ def main(words: list[str]) -> int:
     """Run the verb; returns the exit code."""
     chosen = options.parse(Options, words)
 
-    from polydiff.core.run import Run, positive
+    from polydiff.core.request import positive
+    from polydiff.core.run import Run
 
     positive(n=chosen.n, batch=chosen.batch)
     run = Run.load(chosen.run, chosen.device, chosen.network)

@@ -107,7 +107,7 @@ def _prepare(config: Config, run: Path) -> None:
     from polydiff.core import adapter as adapters
     from polydiff.core.build import check_options, construct, find_network
     from polydiff.core.grids import make_grid
-    from polydiff.core.run import sampling_settings
+    from polydiff.core.request import sampling_settings
     from polydiff.core.solvers.names import resolve
 
     adapter = adapters.load(config["adapter"])

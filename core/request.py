@@ -1,0 +1,123 @@
+"""What a caller may ask of a run: how to sample, and under which conditions. Checked here, trusted after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polydiff.core.adapter import Condition
+from polydiff.core.errors import ConfigError, unknown
+from polydiff.core.grids import GRIDS
+from polydiff.core.solvers.names import NAMES
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to sample: what a run's ``sampling`` section holds, with a caller's own choices put over it."""
+
+    solver: str
+    grid: str
+    steps: int
+    guidance: float = 1.0
+    interval: tuple[float, float] | None = None
+
+
+def sampling_settings(
+    section: Mapping[str, Any],
+    solver: str | None = None,
+    grid: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+) -> Settings:
+    """A ``sampling`` section with what is not None put over it.
+
+    Raises:
+        ConfigError: an unknown solver or grid, or fewer than one step.
+    """
+    chosen = Settings(
+        solver=section["solver"] if solver is None else solver,
+        grid=section["grid"] if grid is None else grid,
+        steps=section["steps"] if steps is None else steps,
+        guidance=float(section.get("guidance", 1.0) if guidance is None else guidance),
+        interval=tuple(section["interval"]) if section.get("interval") else None,
+    )
+    if chosen.solver not in NAMES:
+        raise unknown("solver", chosen.solver, NAMES)
+    if chosen.grid not in GRIDS:
+        raise unknown("grid", chosen.grid, GRIDS)
+    positive(steps=chosen.steps)
+    return chosen
+
+
+def conditions(
+    declared: Mapping[str, Condition], classes: Mapping[str, Sequence[object]], cond: Mapping[str, Any], n: int
+) -> list[dict[str, Tensor]]:
+    """Conditions of n items.
+
+    Args:
+        declared: the conditions there are.
+        classes: names of the classes of each class condition.
+        cond: by name: one value for all, a list that cycles over the items, None for without. A class is its index or name.
+        n: number of items.
+
+    Raises:
+        ConfigError: an unknown condition, or a value it does not have; the message lists the valid ones.
+    """
+    values: list[dict[str, Tensor]] = [{} for _ in range(n)]
+    for name, value in cond.items():
+        if name not in declared:
+            raise unknown("condition", name, declared)
+        condition = declared[name]
+        choices = _as_list(value, condition)
+        if not choices:
+            raise ConfigError(f"cond.{name}=[] is empty: give at least one value")
+        tensors = [_condition(name, condition, classes.get(name, ()), choice) for choice in choices]
+        for i, item in enumerate(values):
+            tensor = tensors[i % len(tensors)]
+            if tensor is not None:
+                item[name] = tensor
+    return values
+
+
+def _condition(name: str, condition: Condition, names: Sequence[object], value: Any) -> Tensor | None:
+    if value is None:
+        return None
+    if condition.kind != "class":
+        try:
+            tensor = torch.as_tensor(value, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError):
+            tensor = None
+        if tensor is None or tuple(tensor.shape) != condition.shape or not tensor.isfinite().all():
+            shape = " x ".join(map(str, condition.shape)) or "one"
+            raise ConfigError(f"cond.{name}={value} must be {shape} finite number(s), or a list of such")
+        return tensor
+    classes = [str(entry) for entry in names]
+    if isinstance(value, Tensor):
+        value = value.item()
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(classes):
+        return torch.tensor(value)
+    if isinstance(value, str) and value in classes:
+        return torch.tensor(classes.index(value))
+    shown = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
+    raise ConfigError(f"cond.{name}={value}: valid are the indices 0 to {len(classes) - 1} and the names {shown}")
+
+
+def positive(**numbers: int) -> None:
+    """Raise ConfigError for the first number below 1."""
+    for name, number in numbers.items():
+        if number < 1:
+            raise ConfigError(f"{name}={number} must be at least 1")
+
+
+def _as_list(value: Any, condition: Condition) -> list[Any]:
+    if condition.kind == "class":
+        return list(value) if isinstance(value, list | tuple | range) or getattr(value, "ndim", 0) == 1 else [value]
+    try:
+        is_list = value is not None and torch.as_tensor(value).ndim == len(condition.shape) + 1
+    except (TypeError, ValueError, RuntimeError):  # no numbers, or rows of different lengths: _condition says so
+        is_list = False
+    return list(value) if is_list else [value]

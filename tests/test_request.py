@@ -1,0 +1,45 @@
+from typing import Any
+
+import pytest
+import torch
+
+from polydiff.core.adapter import Condition
+from polydiff.core.errors import ConfigError
+from polydiff.core.request import conditions, positive, sampling_settings
+
+DECLARED = {"label": Condition("class"), "place": Condition("tensor", (2,)), "size": Condition("tensor")}
+CLASSES = {"label": [7, 8, 9]}
+
+
+def asked(n: int = 3, **cond: Any) -> list[dict[str, Any]]:
+    return [{name: value.tolist() for name, value in item.items()} for item in conditions(DECLARED, CLASSES, cond, n)]
+
+
+def test_numbers_and_arrays_are_for_all_items_or_cycle() -> None:
+    assert asked(place=[1, 2.5], size=4) == [{"place": [1, 2.5], "size": 4}] * 3
+    assert asked(place=[[1, 2], [3, 4]]) == [{"place": [1, 2]}, {"place": [3, 4]}, {"place": [1, 2]}]
+    assert asked(place=torch.eye(2), size=[1.0, 2.0, 3.0])[1] == {"place": [0, 1], "size": 2}
+    assert asked(place=None) == [{}, {}, {}]
+    assert conditions(DECLARED, CLASSES, {"place": [1, 2]}, 1)[0]["place"].dtype == torch.float32
+
+
+def test_names_of_classes_that_look_like_numbers_are_told_from_indices() -> None:
+    assert asked(1, label=2) == asked(1, label="9") == [{"label": 2}]
+    with pytest.raises(ConfigError, match="valid are the indices 0 to 2 and the names 7, 8, 9"):
+        asked(label=7)
+
+
+@pytest.mark.parametrize("value", [[1, 2, 3], [[1, 2], [3]], "here", 5, {"x": 1}, [1, float("nan")], [[1, 2], None]])
+def test_a_value_of_another_shape_is_named(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"cond\.place=.* must be 2 finite number\(s\)"):
+        asked(place=value)
+
+
+def test_settings_are_the_sections_with_changes_over_them() -> None:
+    section = {"solver": "heun", "grid": "karras", "steps": 9, "guidance": 1.5, "interval": [-1, 2]}
+    settings = sampling_settings(section, solver="ddim", steps=3)
+    assert (settings.solver, settings.grid, settings.steps, settings.guidance) == ("ddim", "karras", 3, 1.5)
+    assert settings.interval == (-1, 2)
+    assert sampling_settings(section, guidance=0).guidance == 0
+    with pytest.raises(ConfigError, match="b=0 must be at least 1"):
+        positive(a=1, b=0)
