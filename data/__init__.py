@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,12 @@ from polydiff.data.table import Table
 
 __all__ = ["Entry", "Table", "catalogue", "folder", "locate", "prepare"]
 
+GROUP = "polydiff.data"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One line of the catalogue.
+    """One data set of the catalogue: a line of ``catalog.yaml``, or what an entry point of an installed package names.
 
     Args:
         modality: the adapter that reads it.
@@ -49,11 +53,27 @@ class Entry:
 
 @cache
 def catalogue() -> dict[str, Entry]:
-    """The known data sets by name."""
+    """The known data sets by name: our own, then those of installed packages."""
     import yaml
 
     lines = yaml.safe_load(Path(__file__).with_name("catalog.yaml").read_text(encoding="utf-8"))
-    return {name: Entry(**{**line, "urls": tuple(line.get("urls", ()))}) for name, line in lines.items()}
+    own = {name: Entry(**{**line, "urls": tuple(line.get("urls", ()))}) for name, line in lines.items()}
+    return {**own, **{name: entry for name, entry in _installed().items() if name not in own}}
+
+
+def _installed() -> dict[str, Entry]:
+    """Data sets that installed packages declare in the entry-point group ``polydiff.data``; a broken one is left out."""
+    found = {}
+    for point in entry_points(group=GROUP):
+        try:
+            entry = point.load()
+            if not isinstance(entry, Entry):
+                raise TypeError(f"it is a {type(entry).__name__}, not a polydiff.data.Entry")
+        except Exception as error:  # noqa: BLE001  a broken package must not take all data sets along
+            print(f"polydiff: the data set {point.name!r} ({point.value}) cannot be used: {error}", file=sys.stderr)
+            continue
+        found[point.name] = entry
+    return found
 
 
 def folder() -> Path:
