@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from polydiff.core.denoiser import Denoise, Prediction
+from polydiff.core.denoiser import Denoise, Prediction, as_prediction
 from polydiff.core.errors import ConfigError
 
 
@@ -26,7 +26,7 @@ def cfg(
         interval: (low, high) in log-SNR; outside of it w = 1.
 
     Raises:
-        ConfigError: scale not finite, or an interval whose ends are out of order.
+        ConfigError: scale not finite, an interval whose ends are out of order, or one with a Denoise of bare states.
 
     Source: Ho 2022, eq. 6 (their w is ours minus 1); Kynkaanniemi 2024, eq. 5 for the interval.
     """
@@ -35,19 +35,25 @@ def cfg(
     if interval is not None and not interval[0] < interval[1]:
         raise ConfigError(f"guidance interval {tuple(interval)} must be (low, high) in log-SNR with low < high")
 
-    def inside(prediction: Prediction) -> bool:
+    def inside(prediction: Prediction | Tensor) -> bool:
         if interval is None:
             return True
+        if not isinstance(prediction, Prediction):
+            raise ConfigError("guidance on an interval needs a Denoise that returns a Prediction, not a bare state")
         log_snr = prediction.process.schedule.log_snr(prediction.t)
         return bool((log_snr >= interval[0]).all() and (log_snr <= interval[1]).all())
 
-    def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+    def denoise(x_t: Tensor, t: Tensor) -> Prediction | Tensor:
         if scale == 0 and interval is None:
             return unconditional(x_t, t)
         with_condition = conditional(x_t, t)
         if scale == 1 or not inside(with_condition):
             return with_condition
-        without = unconditional(x_t, t).field(with_condition.given)
-        return with_condition.replace(without + scale * (with_condition.value - without))
+        without = unconditional(x_t, t)
+        if not isinstance(with_condition, Prediction):  # a bare state is x0_hat
+            base = without.x0 if isinstance(without, Prediction) else without
+            return base + scale * (with_condition - base)
+        base = as_prediction(with_condition.process, x_t, t, without).field(with_condition.given)
+        return with_condition.replace(base + scale * (with_condition.value - base))
 
     return denoise

@@ -79,6 +79,17 @@ def test_guidance_scales_linearly_in_every_field():
         torch.testing.assert_close(guided.x0, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_guidance_takes_bare_states_too():
+    strong, weak = Gaussian(gaussian("vp"), std=(0.5, 0.5, 0.5)), Gaussian(gaussian("vp"), std=(1.0, 1.0, 1.0))
+    x, t = strong.draw(0.5, 4), torch.tensor(0.5, dtype=torch.float64)
+    expected = cfg(as_field(strong, "v"), as_field(weak, "v"), 2.5)(x, t).x0
+    torch.testing.assert_close(cfg(strong.x0_hat, weak.x0_hat, 2.5)(x, t), expected)
+    torch.testing.assert_close(cfg(strong.x0_hat, as_field(weak, "v"), 2.5)(x, t), expected)
+    torch.testing.assert_close(cfg(as_field(strong, "v"), weak.x0_hat, 2.5)(x, t).x0, expected)
+    with pytest.raises(ConfigError, match="Prediction"):
+        cfg(strong.x0_hat, weak.x0_hat, 2.5, (-1.0, 1.0))(x, t)
+
+
 def test_guidance_calls_only_what_it_needs():
     data = Mixture(gaussian("vp"))
     calls = []
