@@ -45,5 +45,5 @@ def test_a_broken_one_is_left_out_with_one_line_each(capfd: pytest.CaptureFixtur
     assert len(lines) == 2
     assert "data set 'ebb' (polydiff_tide:WRONG) cannot be used: it is a dict, not a polydiff.data.Entry" in lines[0]
     assert "data set 'flood' (polydiff_flood:FLOOD) cannot be used: No module named 'polydiff_flood'" in lines[1]
-    with pytest.raises(ConfigError, match="unknown data set 'flood': .*tide"):
+    with pytest.raises(ConfigError, match=r"unknown data set 'flood': .*tide"):
         data.locate("flood")
