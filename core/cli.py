@@ -27,7 +27,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the words after ``polydiff``; the process's own when None.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    code = _main(list(sys.argv[1:] if argv is None else argv))
+    if argv is None and "RANK" in os.environ:
+        # One of several processes: threads of the process group may outlive the interpreter, which then aborts although
+        # all is saved. All processes have waited for each other, so this one may leave at once.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _main(words: list[str]) -> int:
     if not words or words[0] in ("--help", "-h", "help"):
         print(overview())
         return OK
