@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml
 
 demo: $(INSTALLED)
 	$(BIN)/polydiff train experiment=image-digits run=$(RUN)
-	$(BIN)/polydiff sample run=$(RUN) n=100
+	$(BIN)/polydiff sample run=$(RUN) n=100 'cond.label=[0,1,2,3,4,5,6,7,8,9]'
 	$(BIN)/polydiff evaluate run=$(RUN)
 	$(BIN)/polydiff report run=$(RUN)
 	@echo; echo "Open $(abspath $(RUN))/index.html in a browser."
