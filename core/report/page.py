@@ -95,7 +95,7 @@ def _header(record: Record, name: str) -> str:
         "Wall time": _duration(wall) if wall else None,
         "Speed": f"{number(rates[len(rates) // 2])} items/s" if rates else None,
         "Device": device,
-        "Date": record.written[:16].replace("T", " "),
+        "Date": f"{record.date:%Y-%m-%d %H:%M} UTC",
         "Commit": commit[:12] + ("+" if commit.endswith("+") else ""),
         "Versions": _versions(env),
     }

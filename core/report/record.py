@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from polydiff.core.adapter import Metric
 from polydiff.core.build import read_config
 from polydiff.core.errors import CheckpointError
-
-LONGEST_HEADER = 100_000_000  # bytes; the cap of the safetensors format
 
 
 @dataclass(frozen=True)
@@ -27,11 +24,10 @@ class Record:
         folder: the run.
         config: its resolved configuration, ``text`` the same as it is written.
         environment: versions, device, commit.
-        state: of the newest checkpoint: step, facts, wall_s.
+        state: of the newest checkpoint: step, facts, wall_s, parameters.
         metrics: a line every few steps; ``heldout``: a line now and then.
         evaluation: measured numbers by name; ``measured`` says of which step, with which solver.
         previews: (step, file), in order; ``samples``: (folder, its samples.json).
-        parameters: numbers the network learns, or None if no checkpoint says.
     """
 
     folder: Path
@@ -45,7 +41,6 @@ class Record:
     measured: dict[str, Any] = field(default_factory=dict)
     previews: list[tuple[int, Path]] = field(default_factory=list)
     samples: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
-    parameters: int | None = None
 
     @property
     def step(self) -> int | None:
@@ -54,9 +49,18 @@ class Record:
         return max((step for step in known if isinstance(step, int)), default=None)
 
     @property
-    def written(self) -> str:
-        """When training began, as far as the files can tell: local time in ISO form."""
-        return datetime.fromtimestamp((self.folder / "config.yaml").stat().st_mtime).isoformat()
+    def parameters(self) -> int | None:
+        """How many numbers the network learns, or None if no checkpoint says."""
+        count = self.state.get("parameters")
+        return count if isinstance(count, int) else None
+
+    @property
+    def date(self) -> datetime:
+        """When training last started, in UTC; of a run that does not say, when its configuration was written."""
+        try:
+            return datetime.fromisoformat(self.environment["date"]).astimezone(UTC)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            return datetime.fromtimestamp((self.folder / "config.yaml").stat().st_mtime, UTC)
 
     def get(self, *keys: str, default: Any = None) -> Any:
         """A value of the configuration by its path of keys."""
@@ -91,7 +95,6 @@ def read(folder: Path) -> Record:
         measured=measured,
         previews=_previews(folder / "previews"),
         samples=_samples(folder / "samples"),
-        parameters=_parameters(newest / "ema.safetensors") if newest else None,
     )
 
 
@@ -149,20 +152,6 @@ def _previews(folder: Path) -> list[tuple[int, Path]]:
 def _samples(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     folders = sorted(path for path in folder.glob("[!.]*") if path.is_dir())
     return [(path, _dictionary(path / "samples.json")) for path in folders]
-
-
-def _parameters(path: Path) -> int | None:
-    """Count the weights from the header of a safetensors file: its length in eight bytes, then JSON."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = _json(file.read(min(length, LONGEST_HEADER)).decode(errors="replace"))
-    except (OSError, struct.error):
-        return None
-    if not isinstance(header, dict):
-        return None
-    shapes = [entry.get("shape", []) for name, entry in header.items() if name != "__metadata__"]
-    return sum(math.prod(shape) for shape in shapes)
 
 
 def shown(path: Path) -> str:

@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
@@ -181,9 +182,10 @@ class Logs:
 
 
 def environment(runtime: Runtime) -> dict[str, Any]:
-    """Versions, device, threads and commit, as ``environment.json`` stores them."""
+    """Date, versions, device, threads and commit, as ``environment.json`` stores them."""
     cuda = runtime.device.type == "cuda"
     return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "polydiff": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),

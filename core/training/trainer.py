@@ -19,6 +19,7 @@ import yaml
 from torch import Tensor, nn
 
 from polydiff.core.adapter import Adapter, Item
+from polydiff.core.denoiser import parameter_count
 from polydiff.core.errors import DivergenceError
 from polydiff.core.training import checkpoint
 from polydiff.core.training.ema import EMA
@@ -285,6 +286,7 @@ class Trainer:
                 "wall_s": self.wall + began - self.began,
                 "epoch": state.step * self.stream.batch // self.stream.n,
                 "items": state.step * self.stream.batch,
+                "parameters": parameter_count(self.parts.denoiser),
                 "processes": self.runtime.world,
                 "device": self.runtime.device.type,
             }
@@ -293,7 +295,7 @@ class Trainer:
         self.lap += time.monotonic() - began
 
     def _summary(self) -> str:
-        parameters = sum(p.numel() for p in self.state.optimizer.parameters.values())
+        parameters = parameter_count(self.parts.denoiser)
         where = self.runtime.device.type + (f" x {self.runtime.world}" if self.runtime.world > 1 else "")
         return (
             f"{self.run} {self.beginning}: {parameters:,} parameters, {len(self.parts.dataset):,} items, "

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import save_file
 
 from polydiff.core.adapter import Item, Metric
 
@@ -60,6 +59,7 @@ def make_run(folder: Path, name: str = "image-digits", classes: Sequence[str] = 
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     packages = {"torch": "2.12.0", "numpy": "2.3.0"}
     environment = {
+        "date": "2026-03-01T09:30:00+00:00",
         "polydiff": "0.1.0",
         "python": "3.11.7",
         "packages": packages,
@@ -109,8 +109,8 @@ def make_run(folder: Path, name: str = "image-digits", classes: Sequence[str] = 
         (folder / "previews" / f"step-{step:08d}.png").write_bytes(still(pictures))
     newest = folder / "checkpoints" / "step-00002000"
     facts = {"name": "digits", "n": 1437, "sigma_data": 0.75, "classes": {"label": list(classes)}}
-    (newest / "state.json").write_text(json.dumps({"step": 2000, "wall_s": 198.6, "facts": facts}))
-    save_file({"weight": torch.zeros(350, 1000), "bias": torch.zeros(1000)}, newest / "ema.safetensors")
+    state = {"step": 2000, "wall_s": 198.6, "facts": facts, "parameters": 351_000}
+    (newest / "state.json").write_text(json.dumps(state))
     told = {
         "solver": "dpmpp-2m",
         "steps": 20,

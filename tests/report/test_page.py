@@ -7,6 +7,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -54,6 +55,7 @@ def test_the_page_tells_the_run(run: Path) -> None:
         *(
             "image-digits",
             "351,000",
+            "2026-03-01 09:30 UTC",
             "2,000 of 2,000",
             "3 min 19 s",
             "dpmpp-2m, 20 steps, guidance 1.75",
@@ -104,9 +106,15 @@ def test_damaged_files_are_left_out(run: Path, content: str) -> None:
     for name in ("environment.json", "metrics.jsonl", "heldout.jsonl", "evaluation/metrics.json"):
         (run / name).write_text(content)
     (run / "checkpoints/step-00002000/state.json").write_text(content)
-    (run / "checkpoints/step-00002000/ema.safetensors").write_text(content)
     (run / "samples/dpmpp-2m-20-seed0/samples.json").write_text(content)
     assert "image-digits" in page(run)
+
+
+@pytest.mark.parametrize("date", [None, 5, "yesterday", "0001-01-01T00:00:00+09:00"])
+def test_without_a_date_the_configuration_tells_when_it_was_written(run: Path, date: Any) -> None:
+    (run / "environment.json").write_text(json.dumps({"date": date} if date else {}))
+    os.utime(run / "config.yaml", (86400, 86400))
+    assert "1970-01-02 00:00 UTC" in Read(page(run)).text
 
 
 def test_strange_values_are_left_out(run: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,16 @@ def test_what_a_run_writes(reference: Path) -> None:
         f"step-{s:08d}" for s in (20, 30, 40)
     ]
     assert (reference / "LATEST").read_text() == "checkpoints/step-00000040\n"
-    assert json.loads((reference / "environment.json").read_text())["packages"]["torch"]
+    environment = json.loads((reference / "environment.json").read_text())
+    assert environment["packages"]["torch"]
+    assert abs((datetime.now(UTC) - datetime.fromisoformat(environment["date"])).total_seconds()) < 3600
     held = toy.lines(reference, "heldout.jsonl")
     assert [line["step"] for line in held] == [10, 20, 30, 40]
     assert len(held[0]["loss"]) == len(held[0]["t"]) == 8 and held[0]["n"] == 9
     assert (reference / "previews/step-00000040.png").read_bytes() == toy.PNG
     state = checkpoint.load(reference / "checkpoints/step-00000040").state
     assert (state["epoch"], state["items"], state["facts"]["sigma_data"]) == (40 * 8 // 50, 320, 0.8)
+    assert state["parameters"] == 12 + 128 + 272 + 34  # and not the buffer
 
 
 @pytest.mark.parametrize("stop", [3, 10, 26])
