@@ -13,6 +13,10 @@ from polydiff.core.adapter import Condition
 from polydiff.core.errors import ConfigError, unknown
 from polydiff.core.grids import GRIDS
 from polydiff.core.solvers.names import NAMES
+from polydiff.core.tree import State, leaves
+
+SHOWN = 64  # samples that tell what a model does
+TINY = 16  # numbers in a state; so small ones show nothing by themselves, only many of them together do
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,18 @@ def _condition(name: str, condition: Condition, names: Sequence[object], value: 
         return torch.tensor(classes.index(value))
     shown = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
     raise ConfigError(f"cond.{name}={value}: valid are the indices 0 to {len(classes) - 1} and the names {shown}")
+
+
+def enough(like: State, many: int, numbers: int) -> int:
+    """How many samples to draw for somebody who wants to see what a model does: 64, or as many as states of a size allow.
+
+    Args:
+        like: a state of one item.
+        many: how many of tiny states.
+        numbers: about as many numbers in all samples together, so that large states get fewer of them, but at least 4.
+    """
+    size = sum(leaf.numel() for leaf in leaves(like))
+    return many if size <= TINY else max(4, min(SHOWN, numbers // size))
 
 
 def positive(**numbers: int) -> None:

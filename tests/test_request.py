@@ -5,7 +5,7 @@ import torch
 
 from polydiff.core.adapter import Condition
 from polydiff.core.errors import ConfigError
-from polydiff.core.request import conditions, positive, sampling_settings
+from polydiff.core.request import conditions, enough, positive, sampling_settings
 
 DECLARED = {"label": Condition("class"), "place": Condition("tensor", (2,)), "size": Condition("tensor")}
 CLASSES = {"label": [7, 8, 9]}
@@ -43,3 +43,19 @@ def test_settings_are_the_sections_with_changes_over_them() -> None:
     assert sampling_settings(section, guidance=0).guidance == 0
     with pytest.raises(ConfigError, match="b=0 must be at least 1"):
         positive(a=1, b=0)
+
+
+@pytest.mark.parametrize(
+    ("like", "n"),
+    [
+        (torch.zeros(2), 1000),
+        ({"a": torch.zeros(8), "b": torch.zeros(8)}, 1000),
+        (torch.zeros(17), 58),
+        (torch.zeros(1, 4), 1000),
+        ({"a": torch.zeros(100), "b": torch.zeros(100)}, 5),
+        (torch.zeros(999), 4),
+    ],
+)
+def test_small_states_are_drawn_often_and_large_ones_seldom(like: Any, n: int) -> None:
+    assert enough(like, many=1000, numbers=1000) == n
+    assert enough(like, many=1000, numbers=10**9) in (64, 1000)

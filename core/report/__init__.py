@@ -16,6 +16,7 @@ from polydiff.core.errors import CheckpointError, DataError, PolydiffError
 from polydiff.core.objectives import RESERVED
 from polydiff.core.report.offline import FOLDER, LIMIT, outside_addresses, spill
 from polydiff.core.report.page import page
+from polydiff.core.request import SHOWN, enough
 from polydiff.core.tree import leaves
 
 if TYPE_CHECKING:
@@ -23,9 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw", "outside_addresses", "page", "real", "report", "write"]
 
-SAMPLES = 64
-TINY = 16  # numbers in a state; so small ones show nothing by themselves, only many of them together do
-MANY = 2000
+MANY = 2000  # samples of tiny states
 ROWS = 16  # classes that get a row each
 REFERENCE = 10_000  # real items to compare with
 NUMBERS = 100_000_000  # in all states together, of samples and of real items
@@ -64,7 +63,7 @@ def real(run: Run, split: str = "train") -> list[Item]:
     """Items of the data a run was trained on, evenly over the split, no more than fit into memory with ease."""
     data = run.dataset(split)
     numbers = sum(leaf.numel() for leaf in leaves(data[0].x))
-    count = min(len(data), REFERENCE, max(SAMPLES, NUMBERS // max(1, numbers)))
+    count = min(len(data), REFERENCE, max(SHOWN, NUMBERS // max(1, numbers)))
     return [_named(data[i * len(data) // count], run.facts) for i in range(count)]
 
 
@@ -80,8 +79,7 @@ def draw(run: Run, reference: Sequence[Item] = (), n: int | None = None, seed: i
     like, _ = run.adapter.shape(run.facts.get("size") or {}, {})
     counts = {name: len(names) for name, names in _classes(run.facts).items() if name in run.denoiser.conditions}
     if n is None:
-        numbers = sum(leaf.numel() for leaf in leaves(like))
-        n = MANY if numbers <= TINY else max(4, min(SAMPLES, NUMBERS // numbers))
+        n = enough(like, MANY, NUMBERS)
         if counts and min(counts.values()) <= ROWS:
             n = min(counts.values()) * math.ceil(n / min(counts.values()))
     cond: dict[str, Any] = {name: list(range(count)) for name, count in counts.items()}

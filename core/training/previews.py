@@ -14,14 +14,15 @@ import torch
 from torch import nn
 
 from polydiff.core.adapter import Item
+from polydiff.core.request import SHOWN, enough
 from polydiff.core.training.state import preserved_rng
 from polydiff.core.training.stream import derive
-from polydiff.core.tree import leaves, move
+from polydiff.core.tree import move
 
 LEVELS = 8
 HELD_OUT = 256  # items
-MOST = 64  # samples of a preview
-NUMBERS = 1 << 18  # about as many numbers in all samples of a preview, so that large states get fewer of them
+MANY = 1000  # samples of a preview of tiny states
+NUMBERS = 1 << 18  # in all samples of a preview together
 
 
 def noise_levels(process: Any, n: int = LEVELS) -> tuple[list[float], list[float] | None]:
@@ -103,7 +104,7 @@ class Previews:
                 return None
 
     def samples(self, step: int) -> list[Item]:
-        """At most 64 samples from the seed of the run, with its own sampling settings; classes take turns."""
+        """Samples from the seed of the run, with its own sampling settings; classes take turns."""
         from polydiff.core.build import Built
         from polydiff.core.run import Run
 
@@ -112,8 +113,8 @@ class Previews:
         run = Run(self.run, dict(self.config), parts.facts, built, step)
         run.device = self.device
         like, _ = parts.adapter.shape(parts.facts.get("size") or {}, {})
-        n = max(4, min(MOST, NUMBERS // max(1, sum(leaf.numel() for leaf in leaves(like)))))
-        return run.sample(n, cond=self._conditions(), seed=derive(self.seed, "preview"))
+        n = enough(like, MANY, NUMBERS)
+        return run.sample(n, cond=self._conditions(), seed=derive(self.seed, "preview"), batch=n)
 
     def _conditions(self) -> dict[str, Any]:
         from polydiff.core.objectives import RESERVED
@@ -123,5 +124,5 @@ class Previews:
             if condition.kind == "class":
                 cond[name] = range(len(self.parts.facts["classes"][name]))
             elif name not in RESERVED and self._items and name in self._items[0].cond:
-                cond[name] = torch.stack([item.cond[name] for item in self._items[:MOST]])
+                cond[name] = torch.stack([item.cond[name] for item in self._items[:SHOWN]])
         return cond
