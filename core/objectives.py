@@ -39,8 +39,9 @@ def uniform(u: Tensor, schedule: Schedule) -> Tensor:
 
 def uniform_log_snr(u: Tensor, schedule: Schedule) -> Tensor:
     """Uniform in log-SNR between its values at t_min and t_max."""
-    ends = schedule.log_snr(as_time([schedule.t_min, schedule.t_max]).to(u.device))
-    return schedule.t_of_log_snr(ends[0] + u * (ends[1] - ends[0]))
+    # As numbers: two tensors that follow u to its device would make the host wait for it at every step.
+    start, end = (float(schedule.log_snr(as_time(t))) for t in (schedule.t_min, schedule.t_max))
+    return schedule.t_of_log_snr(start + u * (end - start))
 
 
 def log_normal(u: Tensor, schedule: Schedule, mean: float = -1.2, std: float = 1.2) -> Tensor:
@@ -167,7 +168,7 @@ class Objective:
         t = self.times(b, generator)
         z = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
         z = self.process.project(z, mask, fixed)
-        x_t = self.noised(x0, t, z, mask, fixed)
+        x_t = self.process.perturb(x0, t, z, mask, fixed)
         present = {}
         for name in cond:
             if name not in RESERVED:
@@ -194,16 +195,8 @@ class Objective:
         mask, fixed = item.mask, item.cond.get("fixed")
         z = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
         t = as_time(t)
-        x_t = self.noised(x0, t, self.process.project(z, mask, fixed), mask, fixed)
+        x_t = self.process.perturb(x0, t, z, mask, fixed)
         return self._mean((denoiser(x_t, t, mask, item.cond).x0 - x0) ** 2, mask, fixed)
-
-    def noised(self, x0: Tensor, t: Tensor, z: Tensor, mask: Tensor | None, fixed: Tensor | None) -> Tensor:
-        """State at t with the fixed elements left at x0."""
-        x_t = self.process.perturb(x0, t, z, mask)
-        if fixed is None:
-            return x_t
-        held = self.process.valid(x0, fixed)
-        return x_t if held is None else torch.where(held.bool(), x0, x_t)
 
     def _mean(self, error: Tensor, mask: Tensor | None, fixed: Tensor | None) -> Tensor:
         valid = self.process.valid(error, mask, fixed)

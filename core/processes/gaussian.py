@@ -53,11 +53,18 @@ class GaussianProcess:
         z = noise.draw(0, "prior", like, mask=mask)
         return float(self.schedule.sigma(as_time(self.t_max))) * self.project(z, mask)
 
-    def perturb(self, x0: Tensor, t: Tensor, z: Tensor, mask: Tensor | None = None) -> Tensor:
-        """State at t: alpha(t) x0 + sigma(t) z, for t of shape () or (b,); z is projected first."""
+    def perturb(
+        self, x0: Tensor, t: Tensor, z: Tensor, mask: Tensor | None = None, fixed: Tensor | None = None
+    ) -> Tensor:
+        """State at t: alpha(t) x0 + sigma(t) z, for t of shape () or (b,).
+
+        The noise z is projected first; fixed elements, bool (b, n), stay at x0.
+        """
         t = as_time(t)
         alpha, sigma = expand(self.schedule.alpha(t), x0), expand(self.schedule.sigma(t), x0)
-        return alpha * x0 + sigma * self.project(z, mask)
+        x_t = alpha * x0 + sigma * self.project(z, mask, fixed)
+        held = None if fixed is None else self.valid(x0, fixed)
+        return x_t if held is None else torch.where(held.bool(), x0, x_t)
 
     def renoise(self, x_s: Tensor, s: Tensor, t: Tensor, z: Tensor, mask: Tensor | None = None) -> Tensor:
         r"""Go from s up to a noisier t along the forward process.

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import kstest, norm
 
 from polydiff.core.adapter import Condition, Item
-from polydiff.core.denoiser import FIELDS, Denoiser
+from polydiff.core.denoiser import FIELDS, Denoiser, Prediction
 from polydiff.core.errors import ConfigError
 from polydiff.core.objectives import TIMES, WEIGHTS, Objective
 from polydiff.core.processes import GaussianProcess, gaussian
@@ -107,8 +107,6 @@ def test_loss_is_the_same_whatever_the_network_predicts():
 
         class Wrapped(torch.nn.Module):
             def forward(self, x_t, t, mask=None, cond=None, present=None, field=field):
-                from polydiff.core.denoiser import Prediction
-
                 prediction = Prediction(process, x_t, t, x0=0.3 * x_t)
                 return Prediction(process, x_t, t, **{field: prediction.field(field)})
 
@@ -150,6 +148,49 @@ def test_padding_and_fixed_elements_carry_no_loss_and_no_noise():
     size = (process.schedule.alpha(out["t"]) ** 2 + process.schedule.sigma(out["t"]) ** 2).sqrt().float()
     torch.testing.assert_close(seen["x"][:, 0] * size[:, None], torch.full((2, 3), 2.0))
     assert float(seen["x"][:, 3].abs().max()) == 0
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_targets_hold_the_noise_that_was_added(field):
+    """A network that knows x0 has no loss, also on a mean-free process, with padding and fixed elements."""
+    process = GaussianProcess(VP(), mean_free=True)
+    g = torch.Generator().manual_seed(0)
+    mask = torch.tensor([[True] * 4 + [False], [True] * 5] * 8)
+    fixed = torch.zeros(16, 5, dtype=torch.bool)
+    fixed[:8, :2] = True
+    x0 = process.project(torch.randn(16, 5, 3, generator=g, dtype=torch.float64), mask)
+
+    class Knowing(torch.nn.Module):
+        def forward(self, x_t, t, mask=None, cond=None, present=None):
+            prediction = Prediction(process, x_t, t, x0=x0)
+            return Prediction(process, x_t, t, **{field: prediction.field(field)})
+
+    item = Item(x0, mask, {"fixed": fixed})
+    out = Objective(process, weight="x0", time="uniform")(Knowing(), item, g)
+    assert float(out["loss"].max()) < 1e-18
+    assert float(Objective(process).at(Knowing(), item, 0.5, g).max()) < 1e-18
+
+
+def test_held_out_error_of_a_known_predictor():
+    """x0_hat = 0 is off by x0, x0_hat = c x_t by (c alpha - 1) x0 + c sigma z; conditions and mask are passed on."""
+    process = gaussian("vp")
+    mask = torch.tensor([[True, True, False], [True, True, True]]).repeat(2000, 1)
+    x0 = torch.full((4000, 3, 2), 2.0, dtype=torch.float64) * mask[..., None]
+    seen = {}
+
+    def denoiser(x_t, t, mask, cond):
+        seen.update(mask=mask, cond=cond)
+        return Prediction(process, x_t, t, x0=seen["c"] * x_t)
+
+    item = Item(x0, mask, {"label": torch.zeros(4000)})
+    t = torch.tensor(0.4, dtype=torch.float64)
+    alpha, sigma = float(process.schedule.alpha(t)), float(process.schedule.sigma(t))
+    for c in (0.0, 0.5):
+        seen["c"] = c
+        error = Objective(process).at(denoiser, item, 0.4, torch.Generator().manual_seed(0))
+        expected = 4 * (c * alpha - 1) ** 2 + (c * sigma) ** 2
+        assert error.shape == (4000,) and float(error.mean()) == pytest.approx(expected, rel=0.02 if c else 1e-12)
+    assert seen["mask"] is mask and seen["cond"] is item.cond
 
 
 def test_further_terms_are_weighted_in():

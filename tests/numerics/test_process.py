@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
+from polydiff.core.denoiser import Prediction
 from polydiff.core.errors import ConfigError, ScheduleError
 from polydiff.core.noise import Noise, as_noise
 from polydiff.core.processes import GaussianProcess, gaussian
@@ -54,6 +55,49 @@ def test_fixed_elements_get_no_noise_and_keep_the_mean():
     assert float(p[0, 0].abs().max()) == 0
     torch.testing.assert_close(p[0, 1:], z[0, 1:])  # no projection where something is fixed
     torch.testing.assert_close(p[1].sum(0), torch.zeros(3), atol=1e-6, rtol=0)
+
+
+def test_all_noise_is_projected_and_fixed_elements_stay():
+    """x_t = alpha x0 + sigma P z with P the projection, however z comes in; the fixed elements keep x0."""
+    process = GaussianProcess(VP(), mean_free=True)
+    g = torch.Generator().manual_seed(0)
+    x0, z = (torch.randn(3, 5, 2, generator=g, dtype=F64) for _ in range(2))
+    mask = torch.tensor([[True] * 4 + [False], [True] * 5, [True] * 4 + [False]])
+    fixed = torch.tensor([[False] * 5, [True, False, False, False, False], [True, True, False, False, False]])
+    x0 = x0 * mask[..., None]
+    t = torch.tensor([0.2, 0.5, 0.7], dtype=F64)
+    alpha, sigma = process.schedule.alpha(t)[:, None, None], process.schedule.sigma(t)[:, None, None]
+    for held in (None, fixed):
+        p = process.project(z, mask, held)
+        x_t = process.perturb(x0, t, z, mask, held)
+        torch.testing.assert_close(x_t, process.perturb(x0, t, p, mask, held))
+        free = mask if held is None else mask & ~held
+        torch.testing.assert_close(x_t[free], (alpha * x0 + sigma * p)[free])
+        assert torch.equal(x_t[~free], x0[~free])
+    s = torch.tensor(0.1, dtype=F64)
+    up = process.renoise(x0, s, t, z, mask)
+    ratio = process.schedule.alpha(t) / process.schedule.alpha(s)
+    added = (process.schedule.sigma(t) ** 2 - (ratio * process.schedule.sigma(s)) ** 2).sqrt()
+    torch.testing.assert_close(up, ratio[:, None, None] * x0 + added[:, None, None] * process.project(z, mask))
+
+
+def test_padding_is_outside_of_the_prior_and_masks_may_run_along_the_last_axis():
+    process = gaussian("vp", mean_free=True, mask_axis=-1)
+    mask = torch.tensor([[True, True, True, False]])
+    x = torch.randn(1, 2, 4, generator=torch.Generator().manual_seed(0), dtype=F64)
+    torch.testing.assert_close(process.log_prior(x, mask), process.log_prior(x[..., :3]))
+    torch.testing.assert_close(process.project(x, mask)[..., :3], x[..., :3] - x[..., :3].mean(-1, keepdim=True))
+    assert float(process.project(x, mask)[..., 3].abs().max()) == 0
+
+
+def test_geometry_is_flat():
+    x, y = torch.randn(2, 3, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
+    process, t = gaussian("cosine"), torch.tensor(0.4, dtype=F64)
+    torch.testing.assert_close(process.retract(x, process.tangent(x, y)), y)
+    # data at a single point move straight to it: x' = alpha' x0 + sigma' (x - alpha x0)/sigma
+    s = process.schedule
+    rate = process.rate(x, t, Prediction(process, x, t, x0=y))
+    torch.testing.assert_close(rate, s.dalpha(t) * y + s.dsigma(t) * (x - s.alpha(t) * y) / s.sigma(t))
 
 
 def test_prior_has_the_deviation_of_t_max():
