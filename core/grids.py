@@ -87,23 +87,24 @@ def karras(schedule: Schedule, n: int, start: float, end: float, rho: float = 7.
     )
 
 
-def _discrete(indices: Tensor, length: int) -> Tensor:
-    return (indices.to(torch.float64) + 1) / length
+def _discrete(indices: Tensor, length: int, start: float, end: float) -> Tensor:
+    """Times of the indices of a discrete chain: 0 stands at ``end`` and length - 1 at ``start``, so VP's at (i + 1)/length."""
+    return end + indices.to(torch.float64) / (length - 1) * (start - end)
 
 
 def ddpm_leading(schedule: Schedule, n: int, start: float, end: float, length: int = 1000) -> Tensor:
-    """Indices 0, r, 2r, ... of a discrete chain, r = length // n; index i stands at t = (i + 1)/length."""
-    return _discrete(torch.arange(n - 1, -1, -1) * (length // n), length)
+    """Indices 0, r, 2r, ... of a discrete chain, r = length // n, evenly spaced in t."""
+    return _discrete(torch.arange(n - 1, -1, -1) * (length // n), length, start, end)
 
 
 def ddpm_trailing(schedule: Schedule, n: int, start: float, end: float, length: int = 1000) -> Tensor:
     """Indices length - 1, length - 1 - r, ... of a discrete chain, r = length / n, rounded."""
-    return _discrete((length - torch.arange(n, dtype=torch.float64) * (length / n)).round() - 1, length)
+    return _discrete((length - torch.arange(n, dtype=torch.float64) * (length / n)).round() - 1, length, start, end)
 
 
 def ddpm_linspace(schedule: Schedule, n: int, start: float, end: float, length: int = 1000) -> Tensor:
     """Indices of a discrete chain evenly from length - 1 to 0, rounded."""
-    return _discrete(_between(length - 1, 0, n).round(), length)
+    return _discrete(_between(length - 1, 0, n).round(), length, start, end)
 
 
 GRIDS: dict[str, Callable[..., Tensor]] = {
@@ -130,8 +131,8 @@ def make_grid(
         name: a name in ``GRIDS``.
         n: number of intervals, the last one to sigma = 0 if ``final``.
         process: gives the schedule and the default ends.
-        t_start, t_end: noisiest and least noisy time; default the process's t_max and t_min. The discrete chains
-            (``ddpm-*``) have their own.
+        t_start, t_end: noisiest and least noisy time; default the process's t_max and t_min. A discrete chain
+            (``ddpm-*``) runs between them, but its grid need not touch both.
         final: whether the last interval returns x0_hat.
 
     Raises:

@@ -62,6 +62,18 @@ def test_discrete_grids_reproduce_the_indices_of_the_chain():
     assert indices("ddpm-leading", 1000) == list(range(999, -1, -1))
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_discrete_grids_stay_between_t_max_and_t_min(schedule):
+    process = gaussian(schedule)
+    for n in (1, 7, 1000):
+        for name in ("ddpm-leading", "ddpm-trailing", "ddpm-linspace"):
+            times = make_grid(name, n, process).times
+            assert len(times) == n and process.t_max + 1e-15 >= times[0] and times[-1] >= process.t_min
+    assert make_grid("ddpm-linspace", 3, process).times == pytest.approx(
+        [process.t_max, process.t_min + 500 / 999 * (process.t_max - process.t_min), process.t_min]
+    )
+
+
 @pytest.mark.parametrize(
     "times", [(0.5,), (0.5, 0.5), (0.2, 0.4), (1.2, 0.5), (0.5, -0.1), (math.nan, 0.1), (0.5, math.inf)]
 )
