@@ -61,7 +61,8 @@ def coefficients(schedule: Schedule, t: Tensor, given: str, wanted: str) -> Pair
     else:
         dalpha, dsigma = schedule.dalpha(t), schedule.dsigma(t)
         wronskian = dalpha * sigma - alpha * dsigma
-        x = (_over(-dsigma, wronskian), _over(sigma, wronskian))
+        # at sigma = 0 sigma' may be 0 or infinite, but x_t = alpha x0 there whatever it is
+        x = (torch.where(sigma == 0, _over(one, alpha), _over(-dsigma, wronskian)), _over(sigma, wronskian))
         eps = (_over(dalpha, wronskian), _over(-alpha, wronskian))
     if wanted == "x0":
         return x
@@ -154,7 +155,7 @@ def _rms(field: str, schedule: Schedule, t: Tensor, sigma_data: float) -> Tensor
         return _over(torch.ones_like(sigma), sigma)
     if field == "v":
         return torch.hypot(alpha, sigma * sigma_data)
-    return torch.hypot(schedule.dalpha(t) * sigma_data, schedule.dsigma(t))
+    return _unless_infinite(torch.hypot(schedule.dalpha(t) * sigma_data, schedule.dsigma(t)))
 
 
 PRECONDITIONS = ("edm", *FIELDS)
@@ -177,6 +178,11 @@ def preconditioning(
     if name == "edm":
         return alpha * sigma_data**2 / size**2, sigma * sigma_data / size, 1 / size, c_noise
     return torch.zeros_like(alpha), _rms(name, schedule, t, sigma_data), 1 / size, c_noise
+
+
+@functools.lru_cache(maxsize=8192)
+def _scalar_preconditioning(name: str, schedule: Schedule, t: float, sigma_data: float) -> tuple[float, ...]:
+    return tuple(float(c) for c in preconditioning(name, schedule, as_time(t), sigma_data))
 
 
 class Denoiser(nn.Module):
@@ -229,15 +235,23 @@ class Denoiser(nn.Module):
             ConfigError: a condition that was not declared.
         """
         t = as_time(t)
-        numbers = preconditioning(self.precondition, self.process.schedule, t, self.sigma_data)
-        c_skip, c_out, c_in = (expand(c, x_t) for c in numbers[:3])
-        c_noise = numbers[3].to(device=x_t.device, dtype=torch.float32).expand(x_t.shape[0])
+        c_skip, c_out, c_in, c_noise = self._coefficients(t, x_t)
         cond, present = self._complete(cond or {}, present or {}, x_t)
         output = self.network(c_in * x_t, c_noise, mask, cond, present).to(x_t.dtype)
         output = self.process.project(output, mask, cond.get("fixed"))
         if self.precondition == "edm":
             return Prediction(self.process, x_t, t, x0=c_skip * x_t + c_out * output)
         return Prediction(self.process, x_t, t, **{self.precondition: c_out * output})
+
+    def _coefficients(self, t: Tensor, x_t: Tensor) -> tuple[Any, Any, Any, Tensor]:
+        """c_skip, c_out and c_in as factors of x_t, and c_noise (b,)."""
+        b, schedule = x_t.shape[0], self.process.schedule
+        if t.ndim == 0:  # a solver's time, on the host: as plain numbers none of them is transferred
+            skip, out, into, level = _scalar_preconditioning(self.precondition, schedule, t.item(), self.sigma_data)
+            return skip, out, into, torch.full((b,), level, dtype=torch.float32, device=x_t.device)
+        c_skip, c_out, c_in, c_noise = preconditioning(self.precondition, schedule, t, self.sigma_data)
+        c_noise = c_noise.to(device=x_t.device, dtype=torch.float32).expand(b)
+        return expand(c_skip, x_t), expand(c_out, x_t), expand(c_in, x_t), c_noise
 
     def _complete(
         self, cond: Mapping[str, Tensor], present: Mapping[str, Tensor], x_t: Tensor

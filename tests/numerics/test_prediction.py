@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -59,6 +60,56 @@ def test_conversions_without_a_limit_return_zero():
         assert float(Prediction(process, x, end, x0=0.5 * x).score.abs().max()) == 0
     velocity = Prediction(gaussian("vp"), x, torch.tensor(0.0, dtype=torch.float64), x0=0.5 * x).velocity
     assert float(velocity.abs().max()) == 0  # sigma' is infinite at t = 0
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_number_at_an_end_is_infinite(schedule):
+    process = gaussian(schedule)
+    for time in (0.0, 1.0):
+        t = torch.tensor(time, dtype=torch.float64)
+        for given, wanted in itertools.product(FIELDS, (*FIELDS, "flow", "angle")):
+            assert all(map(torch.isfinite, coefficients(process.schedule, t, given, wanted))), (given, wanted)
+        for name in PRECONDITIONS:
+            assert all(map(torch.isfinite, preconditioning(name, process.schedule, t, 0.5))), name
+    if schedule != "ve":  # sigma = 0 at t = 0: the state is the data, whatever the velocity, eps or v
+        for given in ("eps", "v", "velocity", "score"):
+            a, b = coefficients(process.schedule, torch.zeros((), dtype=torch.float64), given, "x0")
+            assert (float(a), float(b)) == (1.0, 0.0), given
+
+
+def test_one_time_for_all_is_the_same_as_one_for_each():
+    denoiser = Denoiser(_Echo(), gaussian("cosine"), "edm", 0.5)
+    x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    for time in (0.0, 0.3, 1.0):
+        t = torch.tensor(time, dtype=torch.float64)
+        together, c_noise = denoiser(x, t).x0, denoiser.network.seen[1]
+        torch.testing.assert_close(together, denoiser(x, t.expand(3)).x0)
+        assert torch.equal(c_noise, denoiser.network.seen[1]) and c_noise.dtype == torch.float32
+        assert float(c_noise[0]) == pytest.approx({0.0: -5, 1.0: 5}.get(time, math.log(math.tan(0.15 * math.pi)) / 4))
+
+
+@pytest.mark.parametrize("name", PRECONDITIONS)
+def test_networks_may_answer_in_half_precision(name):
+    class Half(torch.nn.Module):
+        def forward(self, x_t, c_noise, mask, cond, present):
+            assert x_t.dtype == torch.float32
+            return x_t.bfloat16()
+
+    prediction = Denoiser(Half(), gaussian("vp"), name)(torch.ones(2, 3), torch.full((2,), 0.5, dtype=torch.float64))
+    assert prediction.value.dtype == prediction.x0.dtype == torch.float32
+
+
+def test_network_outputs_are_projected():
+    """Nothing on padding or fixed elements, no mean elsewhere: what is predicted lies where the data do."""
+    process = gaussian("vp", mean_free=True)
+    denoiser = Denoiser(_Echo(), process, "x0", conditions={"fixed": Condition("tensor")})
+    x = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[True, True, True, False], [True] * 4])
+    fixed = torch.tensor([[False] * 4, [True, False, False, False]])
+    x0_hat = denoiser(x, torch.tensor(0.5, dtype=torch.float64), mask, {"fixed": fixed}).x0
+    torch.testing.assert_close(x0_hat.sum(1)[0], torch.zeros(3), atol=1e-6, rtol=0)
+    assert float(x0_hat[0, 3].abs().max()) == 0 and float(x0_hat[1, 0].abs().max()) == 0
+    assert float(x0_hat[1].sum(0).abs().max()) > 1e-3
 
 
 def test_exactly_one_known_field():
