@@ -25,7 +25,7 @@ class Noise:
         mask_axis: axis of the batch along which masks run.
     """
 
-    def __init__(self, seed: int, items: Iterable[int], mask_axis: int = 1) -> None:
+    def __init__(self, seed: int, items: Iterable[int], *, mask_axis: int = 1) -> None:
         self.seed = int(seed)
         self.items = [int(item) for item in items]
         self.mask_axis = mask_axis
@@ -93,11 +93,11 @@ def as_noise(
     if isinstance(source, Noise):
         return source
     if isinstance(source, int):
-        return Noise(source, range(n), mask_axis)
+        return Noise(source, range(n), mask_axis=mask_axis)
     if source is None:
-        return Noise(torch.Generator().seed(), range(n), mask_axis)
+        return Noise(torch.Generator().seed(), range(n), mask_axis=mask_axis)
     generators = [source] * n if isinstance(source, torch.Generator) else list(source)
     if len(generators) != n:
         raise ConfigError(f"{len(generators)} generators for a batch of {n}: give one generator, or one per item")
     seeds = [int(torch.randint(2**62, (), generator=g, device=g.device)) for g in generators]
-    return Noise(0, seeds, mask_axis)
+    return Noise(0, seeds, mask_axis=mask_axis)

@@ -170,7 +170,7 @@ class Run:
     ) -> tuple[State, list[State]]:
         batch = self.adapter.collate(list(blanks))
         x, mask, cond = (move(part, self.device) for part in (batch.x, batch.mask, batch.cond))
-        noise = Noise(seed, indices, getattr(self.process, "mask_axis", 1))
+        noise = Noise(seed, indices, mask_axis=getattr(self.process, "mask_axis", 1))
         wanted = (
             set(torch.linspace(0, settings.steps - 1, trajectory).round().int().tolist()) if trajectory > 0 else set()
         )

@@ -181,7 +181,7 @@ def noised(built: Built, item: Item) -> tuple[State, Tensor]:
     """States of a batch at times spread over the noise levels, and those times; equal items get equal noise."""
     n, axis = len(leaves(item.x)[0]), getattr(built.process, "mask_axis", 1)
     t = torch.linspace(0.2, 0.8, n, dtype=torch.float64) * (built.process.t_max - built.process.t_min)
-    z = Noise(0, range(n), axis).draw(0, "contract", item.x, mask=item.mask)
+    z = Noise(0, range(n), mask_axis=axis).draw(0, "contract", item.x, mask=item.mask)
     return built.process.perturb(item.x, built.process.t_min + t, z, item.mask), built.process.t_min + t
 
 
