@@ -28,7 +28,7 @@ def cfg(
     Raises:
         ConfigError: scale not finite, an interval whose ends are out of order, or one with a Denoise of bare states.
 
-    Source: Ho 2022, eq. 6 (their w is ours minus 1); Kynkaanniemi 2024, eq. 5 for the interval.
+    Source: Ho 2022, eq. 6 (their w is ours minus 1); Kynkaanniemi 2024 for the interval.
     """
     if not math.isfinite(scale):
         raise ConfigError(f"guidance = {scale} must be a finite number")

@@ -115,7 +115,7 @@ class _LinearBeta(Schedule):
 class VP(_LinearBeta):
     """Variance preserving, the continuous limit of DDPM: sigma = sqrt(1 - exp(-B)), lambda = -log(exp(B) - 1)/2.
 
-    Source: Song 2021, eq. 11 and 29-33.
+    Source: Song 2021, eq. 11 and 29.
     """
 
     beta_min: float = 0.1
@@ -141,7 +141,7 @@ class VP(_LinearBeta):
 class SubVP(_LinearBeta):
     """Sub-variance preserving: sigma = 1 - exp(-B), below VP's at the same drift.
 
-    Its inverse is B = 2 asinh(exp(-lambda)/2). Source: Song 2021, eq. 13 and 29-33.
+    Its inverse is B = 2 asinh(exp(-lambda)/2). Source: Song 2021, eq. 12 and 29.
     """
 
     beta_min: float = 0.1
@@ -178,7 +178,7 @@ class _UnitAlpha(Schedule):
 
 @dataclass(frozen=True)
 class VE(_UnitAlpha):
-    """Variance exploding: alpha = 1, sigma = sigma_min (sigma_max/sigma_min)^t. Source: Song 2021, eq. 9 and 29-33."""
+    """Variance exploding: alpha = 1, sigma = sigma_min (sigma_max/sigma_min)^t. Source: Song 2021, eq. 9, appendix C."""
 
     sigma_min: float = 0.01
     sigma_max: float = 50.0
@@ -244,7 +244,7 @@ class EDM(_UnitAlpha):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """alpha = cos(pi t/2), sigma = sin(pi t/2). Source: Nichol 2021 in the continuous form of Salimans 2022, appendix A."""
+    """alpha = cos(pi t/2), sigma = sin(pi t/2). Source: Nichol 2021, in the continuous form of Salimans 2022."""
 
     t_max = 0.999
 

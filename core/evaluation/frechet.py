@@ -66,7 +66,7 @@ def frechet_distance(a: Moments | Tensor, b: Moments | Tensor) -> float:
     Returns:
         The distance in squared units of the features, >= 0.
     Source:
-        Dowson & Landau 1982, eq. 6; Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
+        Dowson & Landau 1982; Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
     """
     a, b = (m if isinstance(m, Moments) else moments(m) for m in (a, b))
     cross = torch.linalg.svdvals(symmetric_sqrt(a.cov) @ symmetric_sqrt(b.cov)).sum()

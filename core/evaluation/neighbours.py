@@ -83,7 +83,7 @@ def manifold(samples: Tensor, reference: Tensor, *, k: int = 3, k_density: int =
         k: neighbours for precision and recall; 3 is the source's.
         k_density: k', neighbours for density and coverage; 5 is the source's.
     Source:
-        Kynkaanniemi et al. 2019 (arXiv 1904.06991), eqs. 1-3; Naeem et al. 2020 (arXiv 2002.09797), eqs. 5-6.
+        Kynkaanniemi et al. 2019 (arXiv 1904.06991), eqs. 1-2; Naeem et al. 2020 (arXiv 2002.09797), section 3.
     """
     slack = 1 + 1e-9  # a ball holds the neighbour on its surface in spite of round-off
     near = to_others(reference, max(k, k_density)) * slack

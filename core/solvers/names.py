@@ -42,16 +42,19 @@ NAMES: dict[str, Entry] = {
     ),
     "ddim": _ddim,
     "euler": _ddim,
-    "euler-v": Entry(RungeKutta("euler", "v"), "Euler in the angle; Salimans 2022, eq. 33"),
+    "euler-v": Entry(
+        RungeKutta("euler", "v"),
+        "Euler in the angle of Salimans 2022, appendix D (whose DDIM turns by it exactly); ours",
+    ),
     "heun": Entry(RungeKutta("heun", "eps"), "Karras 2022, algorithm 1"),
     "heun-v": Entry(RungeKutta("heun", "v"), "Heun in the angle; ours"),
     "edm": Entry(RungeKutta("heun", "eps", Churn()), "Karras 2022, algorithm 2"),
-    "midpoint": Entry(
-        RungeKutta("midpoint", "eps"), "Lu 2022 (DPM-Solver) and Karras 2022, eq. 3 in their alpha = 1/2 form"
-    ),
+    "midpoint": Entry(RungeKutta("midpoint", "eps"), "Karras 2022, algorithm 3 (appendix D.2) with alpha = 1/2"),
     "rk4": Entry(RungeKutta("rk4", "v"), "classical fourth order in the angle; ours"),
     "dpmpp-2m": Entry(Multistep(2, "x0", rule="midpoint"), "Lu 2022 (DPM-Solver++), algorithm 2"),
-    "dpmpp-2m-sde": Entry(Multistep(2, "x0", rule="midpoint", eta=1.0), "Lu 2022 (DPM-Solver++), eq. 19"),
+    "dpmpp-2m-sde": Entry(
+        Multistep(2, "x0", rule="midpoint", eta=1.0), "Lu 2022 (DPM-Solver++), section 5: SDE-DPM-Solver++(2M)"
+    ),
     "ab2-v": Entry(Multistep(2, "v", "angle"), "Adams-Bashforth in the angle; ours"),
 }
 
