@@ -51,6 +51,37 @@ def test_padding_stays_zero_and_items_do_not_see_their_batch():
     torch.testing.assert_close(both[:1, :3], alone, rtol=1e-12, atol=1e-12)
 
 
+def test_masks_along_the_last_axis_and_fixed_elements_reach_the_callback():
+    process = gaussian("vp", mask_axis=-1)
+    mask = torch.tensor([[True, True, True, False]])
+    fixed = torch.tensor([[True, False, False, False]])
+    x = torch.randn(1, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * mask[:, None]
+    rows = []
+    out = sample(
+        lambda x_t, t: 0.3 * x_t,
+        process,
+        x,
+        "ddpm",
+        3,
+        mask=mask,
+        fixed=fixed,
+        generator=0,
+        callback=lambda *r: rows.append(r),
+    )
+    assert torch.equal(out[..., 0], x[..., 0]) and float(out[..., 3].abs().max()) == 0
+    for _, _, state, x0_hat in rows:
+        assert torch.equal(state[..., 0], x[..., 0]) and torch.equal(x0_hat[..., 0], x[..., 0])
+    # noise is drawn at the item's own length, along the last axis
+    alone = sample(lambda x_t, t: 0.3 * x_t, process, x[..., :3], "ddpm", 3, fixed=fixed[:, :3], generator=0)
+    torch.testing.assert_close(out[..., :3], alone)
+
+
+def test_dictionaries_of_states_draw_by_leaf():
+    like = {"a": torch.zeros(2, 3), "b": torch.zeros(2, 3)}
+    z = Noise(0, range(2)).draw(0, "step", like)
+    assert torch.equal(z["a"], Noise(0, range(2)).draw(0, "step/a", like["a"])) and not torch.equal(z["a"], z["b"])
+
+
 def test_callback_sees_every_interval():
     data = Mixture(gaussian("vp"))
     rows = []

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from polydiff.core.errors import ConfigError, ScheduleError
-from polydiff.core.grids import make_grid
+from polydiff.core.grids import Grid, make_grid
+from polydiff.core.noise import Noise
 from polydiff.core.processes import gaussian
 from polydiff.core.sampling import count, sample
 from polydiff.core.schedules import SCHEDULES
@@ -153,6 +154,146 @@ def test_heun_equals_algorithm_1_of_edm_and_edm_without_churn():
     torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-9)
     quiet = RungeKutta("heun", "eps", Churn(0.0))
     assert torch.equal(sample(data.x0_hat, data.process, x, quiet, grid=grid), ours)
+
+
+def test_edm_equals_algorithm_2_of_edm():
+    """With the same noise: gamma, S_noise and the range [S_min, S_max] as published, the last step included."""
+    data, noise = Mixture(gaussian("edm")), Noise(3, range(4))
+    n, s = 20, data.process.schedule
+    grid = make_grid("karras", n, data.process)
+    x = data.draw(1.0, 4)
+    for churn in (Churn(), Churn(5.0, 0.1, 10.0, 1.02)):
+        sigmas = [*(float(s.sigma(torch.tensor(t, dtype=F64))) for t in grid.times), 0.0]
+        reference, raised = x, 0
+
+        def slope_at(x_, sigma):
+            return (x_ - data.x0_hat(x_, s.t_of_log_snr(-torch.log(torch.tensor(sigma, dtype=F64))))) / sigma
+
+        for i in range(n):
+            gamma = min(churn.amount / n, math.sqrt(2) - 1) if churn.low <= sigmas[i] <= churn.high else 0.0
+            raised += gamma > 0
+            hat = sigmas[i] * (1 + gamma)
+            if gamma:
+                z = noise.draw(i, "churn", x)
+                reference = reference + math.sqrt(hat**2 - sigmas[i] ** 2) * churn.scale * z
+            d = slope_at(reference, hat)
+            euler = reference + (sigmas[i + 1] - hat) * d
+            if sigmas[i + 1] > 0:
+                euler = reference + (sigmas[i + 1] - hat) * 0.5 * (d + slope_at(euler, sigmas[i + 1]))
+            reference = euler
+        assert 3 < raised < n
+        ours = sample(data.x0_hat, data.process, x, RungeKutta("heun", "eps", churn), grid=grid, generator=noise)
+        torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-9)
+    assert tuple(NAMES["edm"].solver.churn) == (40.0, 0.05, 50.0, 1.003)  # Karras 2022, table 5, ImageNet-64
+
+
+def test_churn_scales_the_state_on_paths_that_shrink_the_data():
+    """Raised noise is the forward process: on VP the state is scaled by alpha as well, and never past t_max."""
+    process, noise = gaussian("vp"), Noise(0, [0])
+    x, x0 = torch.full((1, 3), 0.7, dtype=F64), torch.full((1, 3), -0.2, dtype=F64)
+    seen = []
+
+    def denoise(x_t, t):
+        seen.append((x_t, t))
+        return x0
+
+    for start, churn in ((0.5, Churn(40.0, 0.0, 1e9, 1.0)), (0.999, Churn(40.0, 0.0, 1e9, 1.0))):
+        seen.clear()
+        sample(denoise, process, x, RungeKutta("euler", "eps", churn), grid=[start, 0.1], generator=noise)
+        before, (x_t, t) = torch.tensor(start, dtype=F64), seen[0]
+        level = torch.exp(-process.schedule.log_snr(t)) / torch.exp(-process.schedule.log_snr(before))
+        assert float(t) == 1.0 if start == 0.999 else float(level) == pytest.approx(math.sqrt(2))
+        expected = process.renoise(x, before, t, noise.draw(0, "churn", x))
+        torch.testing.assert_close(x_t, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_ddim_with_noise_equals_its_equation_12():
+    """DDIM's sigma(eta) of eq. 16, with the same noise."""
+    data, noise, eta = Mixture(gaussian("vp")), Noise(5, range(3)), 0.6
+    times = [0.8, 0.5, 0.3]
+    x = data.draw(0.8, 3)
+    ours = sample(
+        data.x0_hat, data.process, x, Multistep(1, eta=eta, noise_form="ancestral"), grid=times, generator=noise
+    )
+    for k, (t, s) in enumerate(itertools.pairwise(torch.tensor(times, dtype=F64))):
+        a_t, a_s = data.process.schedule.alpha(t) ** 2, data.process.schedule.alpha(s) ** 2
+        x0 = data.x0_hat(x, t)
+        eps = (x - a_t.sqrt() * x0) / (1 - a_t).sqrt()
+        deviation = eta * ((1 - a_s) / (1 - a_t)).sqrt() * (1 - a_t / a_s).sqrt()
+        x = a_s.sqrt() * x0 + (1 - a_s - deviation**2).sqrt() * eps + deviation * noise.draw(k, "step", x)
+    torch.testing.assert_close(ours, x, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_dpmpp_2m_sde_equals_the_published_recursion(eta):
+    """Second order with noise, written with the factor exp(-eta^2 h) of a reverse SDE with eta times the noise."""
+    data, noise = Mixture(gaussian("cosine")), Noise(7, range(3))
+    grid = make_grid("log_snr", 6, data.process)
+    s, x = data.process.schedule, data.draw(grid.times[0], 3)
+    solver = Multistep(2, rule="midpoint", eta=eta)
+    ours = sample(data.x0_hat, data.process, x, solver, grid=grid, generator=noise)
+    if eta == 1:
+        assert torch.equal(ours, sample(data.x0_hat, data.process, x, "dpmpp-2m-sde", grid=grid, generator=noise))
+    t = torch.tensor(grid.times, dtype=F64)
+    alpha, sigma, lam = s.alpha(t), s.sigma(t), s.log_snr(t)
+    previous = None
+    for i in range(len(t) - 1):
+        x0, h = data.x0_hat(x, t[i]), lam[i + 1] - lam[i]
+        combined = x0 if previous is None else x0 + 0.5 * h / (lam[i] - lam[i - 1]) * (x0 - previous)
+        x = (
+            sigma[i + 1] / sigma[i] * torch.exp(-(eta**2) * h) * x
+            - alpha[i + 1] * torch.expm1(-(1 + eta**2) * h) * combined
+            + sigma[i + 1] * torch.sqrt(-torch.expm1(-2 * eta**2 * h)) * noise.draw(i, "step", x)
+        )
+        previous = x0
+    torch.testing.assert_close(ours, data.x0_hat(x, t[-1]), rtol=1e-9, atol=1e-9)
+
+
+def test_lower_final_lowers_the_order_towards_the_end():
+    """The last intervals use as many predictions as there are intervals left; the others are those of the method."""
+    process = gaussian("vp")
+    grid = make_grid("log_snr", 6, process, final=False)
+    plain, lowered = (Multistep(3, lower_final=low).plan(process, grid).steps for low in (False, True))
+    assert [len(step.weights) for step in plain] == [1, 2, 3, 3, 3, 3]
+    assert [len(step.weights) for step in lowered] == [1, 2, 3, 3, 2, 1]
+    assert lowered[:4] == plain[:4]
+    assert lowered[5].weights == Multistep(1).plan(process, grid).steps[5].weights
+
+
+@pytest.mark.parametrize("predict", ["x0", "eps", "v", "flow", "velocity"])
+@pytest.mark.parametrize("variable", ["log_snr", "t", "sigma_over_alpha", "angle", "flow"])
+def test_weights_integrate_polynomials_exactly(predict, variable):
+    """sum_j w_j q(u_j) is the integral of q(u) over tau for polynomials q below the order, by fine quadrature."""
+    process = gaussian("cosine")
+    s, times = process.schedule, [0.7, 0.62, 0.55, 0.5]
+    eta = 0.4 if predict == "x0" else 0.0
+    step = Multistep(3, predict, variable, eta=eta).plan(process, Grid(tuple(times))).steps[2]
+
+    def quantities(t):
+        alpha, sigma = s.alpha(t), s.sigma(t)
+        c, tau = {
+            "x0": (sigma * (sigma / alpha) ** eta**2, (alpha / sigma) ** (1 + eta**2)),
+            "eps": (alpha, sigma / alpha),
+            "v": (torch.hypot(alpha, sigma), torch.atan2(sigma, alpha)),
+            "flow": (alpha + sigma, sigma / (alpha + sigma)),
+            "velocity": (torch.ones_like(t), t),
+        }[predict]
+        u = {
+            "log_snr": torch.log(alpha / sigma),
+            "t": t,
+            "sigma_over_alpha": sigma / alpha,
+            "angle": torch.atan2(sigma, alpha),
+            "flow": sigma / (alpha + sigma),
+        }[variable]
+        return c, tau, u
+
+    c, tau, u = quantities(torch.linspace(times[2], times[3], 20001, dtype=F64))
+    _, _, nodes = quantities(torch.tensor(times[2::-1], dtype=F64))
+    assert step.scale == pytest.approx(float(c[-1] / c[0]), rel=1e-12)
+    for power in range(3):
+        integral = float(c[-1] * ((u[1:] ** power + u[:-1] ** power) / 2 * tau.diff()).sum())
+        summed = sum(w * float(node) ** power for w, node in zip(step.weights, nodes, strict=True))
+        assert summed == pytest.approx(integral, rel=1e-6)
 
 
 def test_ddpm_equals_the_posterior_of_the_discrete_chain():
