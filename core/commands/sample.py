@@ -39,7 +39,6 @@ class Options:
     size: Annotated[dict[str, Any], "another size than in training"] = field(default_factory=dict)
     out: Annotated[Path | None, "folder to write; null: RUN/samples/SOLVER-STEPS-seedSEED"] = None
     format: Annotated[str | None, "file format; null: the adapter's first"] = None
-    trajectory: Annotated[int, "keep this many states on the way of each sample"] = 0
     batch: Annotated[int, "samples drawn at a time"] = 64
     deterministic_batch: Annotated[int | None, "pad every network call to this many: same bits for any n"] = None
     device: Annotated[str, "auto, cpu, cuda"] = "auto"
@@ -79,7 +78,6 @@ def main(words: list[str]) -> int:
         "cond": chosen.cond,
         "size": chosen.size,
         "format": chosen.format or codec.formats[0],
-        "trajectory": chosen.trajectory,
         "deterministic_batch": chosen.deterministic_batch,
         "facts": run.facts,
     }
@@ -95,7 +93,6 @@ def main(words: list[str]) -> int:
             guidance=chosen.guidance,
             seed=chosen.seed,
             batch=chosen.batch,
-            trajectory=chosen.trajectory,
             deterministic_batch=chosen.deterministic_batch,
         )
         files = codec.write(items, draft, chosen.format)
