@@ -1,12 +1,29 @@
-"""What every bar prints: the measured number, the bar, and the machine."""
+"""What bars share: their words, the trained run, and what they print: the measured number, the bar, and the machine."""
 
 from __future__ import annotations
 
 import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
+
+from polydiff.core.run import Run
+
+
+def arguments() -> dict[str, str]:
+    """The ``key=value`` words of the command line."""
+    return dict(word.split("=", 1) for word in sys.argv[1:])
+
+
+def trained_run(folder: str) -> Run:
+    """The run in a folder; one that is missing is trained first with the shipped configuration."""
+    if not Path(folder).exists():
+        train = [sys.executable, "-m", "polydiff", "train", "experiment=image-digits", f"run={folder}"]
+        subprocess.run(train, check=True)
+    return Run.load(folder)
 
 
 def machine(device: object = "cpu") -> str:

@@ -8,16 +8,13 @@ otherwise (library kernels differ by batch size), and bit-identical always with 
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from _bars import check, machine
+from _bars import arguments, check, machine, trained_run
 
-import polydiff
 from polydiff.core.noise import Noise
+from polydiff.core.run import Run
 
 SOLVERS = ("dpmpp-2m", "ddpm")
 
@@ -27,13 +24,8 @@ def largest(one: list[Any], other: list[Any]) -> float:
     return max(float((a.x - b.x).abs().max()) for a, b in zip(one, other, strict=False))
 
 
-def main(folder: Path) -> int:
+def main(run: Run) -> int:
     """Run the bar; 0 if it is met."""
-    if not folder.exists():
-        subprocess.run(
-            [sys.executable, "-m", "polydiff", "train", "experiment=image-digits", f"run={folder}"], check=True
-        )
-    run = polydiff.load(folder)
     like = torch.zeros(64, *run.adapter.shape(run.facts["size"], {})[0].shape)
     whole = Noise(3, range(64)).draw(5, "step", like)
     differ = sum(
@@ -62,5 +54,4 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    given = dict(word.split("=", 1) for word in sys.argv[1:])
-    raise SystemExit(main(Path(given.get("run", "runs/image-digits"))))
+    raise SystemExit(main(trained_run(arguments().get("run", "runs/image-digits"))))

@@ -11,10 +11,7 @@ previews come every few hundred steps and are stated beside, spread over their i
 from __future__ import annotations
 
 import copy
-import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -22,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _bars import arguments, machine
 from torch import Tensor
 
 from polydiff import data
@@ -151,11 +149,10 @@ def main(steps: int, device: str, only: str) -> int:
     if only in ("", "large"):
         words = ["network.channels=96", "network.multipliers=[1,2,2]", "network.blocks=2", "trainer.batch=16"]
         met.append(measure("large", 0.95, words, Patterns(512), Patterns(32), max(24, steps // 2), device))
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-    print(f"torch {torch.__version__}, {name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    print(machine(device))
     return 0 if all(met) else 1
 
 
 if __name__ == "__main__":
-    given = dict(word.split("=", 1) for word in sys.argv[1:])
+    given = arguments()
     raise SystemExit(main(int(given.get("steps", 100)), given.get("device", "cpu"), given.get("only", "")))

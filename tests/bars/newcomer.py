@@ -22,7 +22,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from _bars import check, machine
+from _bars import arguments, check, machine
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = ("MAKE", "MFLAGS", "GIT_", "PYTHON", "VIRTUAL_ENV", "VENV", "RUN", "POLYDIFF_")  # a newcomer has none of these
@@ -93,7 +93,7 @@ def main(python: str, reuse: Path | None, only: str, cores: int) -> int:
 
 
 if __name__ == "__main__":
-    given = dict(word.split("=", 1) for word in sys.argv[1:])
+    given = arguments()
     base = os.environ.get("PYTHON") or str(getattr(sys, "_base_executable", sys.executable))
     venv = Path(given["reuse"]).absolute() if "reuse" in given else None
     raise SystemExit(main(given.get("python", base), venv, given.get("only", ""), int(given.get("cores", 2))))

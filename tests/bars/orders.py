@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from _bars import check, machine
+from _bars import arguments, check, machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -49,7 +49,7 @@ def measure(solver, data, start: float, end: float) -> float:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    given = dict(word.split("=", 1) for word in sys.argv[1:])
+    given = arguments()
     solvers = {name: entry.solver for name, entry in NAMES.items() if not entry.stochastic} | FORMS
     met = []
     for schedule in [given["schedule"]] if "schedule" in given else SCHEDULES:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -29,6 +28,7 @@ import accelerate  # noqa: F401  (imported here once rather than after every for
 import torch
 import torch._dynamo
 import toy  # type: ignore[import-not-found]
+from _bars import arguments, machine
 
 from polydiff.core.training import checkpoint
 
@@ -131,7 +131,7 @@ def main(kills: int, steps: int, seed: int) -> int:
         print(
             f"resume: {identical} of {kills} bit-identical (bar: all), {inside} of them killed inside a save, "
             f"most lost {most_lost} steps (bar: {EVERY}), {time.monotonic() - began:.0f} s; "
-            f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores: {'met' if met else 'MISSED'}"
+            f"{machine()}: {'met' if met else 'MISSED'}"
         )
         return 0 if met else 1
     finally:
@@ -139,5 +139,5 @@ def main(kills: int, steps: int, seed: int) -> int:
 
 
 if __name__ == "__main__":
-    given = dict(word.split("=", 1) for word in sys.argv[1:])
+    given = arguments()
     raise SystemExit(main(int(given.get("kills", 30)), int(given.get("steps", 120)), int(given.get("seed", 0))))

@@ -9,28 +9,20 @@ its median over samples, and the largest is printed beside.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from itertools import combinations
-from pathlib import Path
 
 import torch
-from _bars import check, machine
+from _bars import arguments, check, machine, trained_run
 
-import polydiff
 from polydiff.core.noise import Noise
+from polydiff.core.run import Run
 from polydiff.core.sampling import sample
 
 N = 64
 
 
-def main(folder: Path) -> int:
+def main(run: Run) -> int:
     """Run the bar; 0 if it is met."""
-    if not folder.exists():
-        subprocess.run(
-            [sys.executable, "-m", "polydiff", "train", "experiment=image-digits", f"run={folder}"], check=True
-        )
-    run = polydiff.load(folder)
     like, mask = run.adapter.shape(run.facts["size"], {})
     noise = Noise(0, range(N))
     x_t = run.process.prior(torch.zeros(N, *like.shape, device=run.device), noise, mask)
@@ -64,5 +56,4 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    given = dict(word.split("=", 1) for word in sys.argv[1:])
-    raise SystemExit(main(Path(given.get("run", "runs/image-digits"))))
+    raise SystemExit(main(trained_run(arguments().get("run", "runs/image-digits"))))
