@@ -9,8 +9,16 @@ import pytest
 import torch
 
 import polydiff
+from polydiff.core.adapter import Condition, Item
 from polydiff.core.cli import main
+from polydiff.core.denoiser import Denoiser
+from polydiff.core.grids import make_grid
+from polydiff.core.guidance import cfg
 from polydiff.core.noise import Noise
+from polydiff.core.objectives import TIMES, WEIGHTS, Objective
+from polydiff.core.processes import gaussian
+from polydiff.core.solvers import NAMES
+from polydiff.core.training.ema import EMA
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -29,6 +37,63 @@ def test_training_lowers_the_loss_and_samples(tmp_path, precision, compiled):
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"] and lines[-1]["skipped"] == 0
     items = polydiff.load(tmp_path / "run", device="cuda").sample(8, cond={"label": [0, 1]}, steps=5)
     assert all(item.x.device.type == "cpu" and item.x.shape == (1, 8, 8) for item in items)
+
+
+def _batch(device):
+    process = gaussian("vp")
+    x0 = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)).to(device)
+    network = torch.nn.Linear(8, 8)
+    network.forward = lambda x_t, *_: torch.nn.functional.linear(x_t, network.weight, network.bias)
+    denoiser = Denoiser(network, process, conditions={"label": Condition()}).to(device)
+    return denoiser, Item(x0, cond={"label": torch.zeros(16, dtype=torch.int64, device=device)})
+
+
+@pytest.fixture
+def no_waiting():
+    """Any wait of the host for the device, transfers of coefficients included, is an error."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("time", TIMES)
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_the_loss_and_the_average_never_wait_for_the_device(no_waiting, time, weight):
+    denoiser, item = _batch("cuda")
+    objective, average = Objective(denoiser.process, weight, time), EMA(denoiser, 100.0)
+    generator, skip = torch.Generator("cuda").manual_seed(0), torch.zeros((), device="cuda")
+    no_waiting()
+    out = objective(denoiser, item, generator)
+    out["loss"].mean().backward()
+    average.update(16, skip)
+    assert out["t"].is_cuda and out["t"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("solver", ["dpmpp-2m", "heun", "heun-v"])
+def test_steps_of_a_solver_never_wait_for_the_device(no_waiting, solver):
+    denoiser, item = _batch("cuda")
+    method, denoise = NAMES[solver].solver, cfg(denoiser.bind(cond=item.cond), denoiser.bind(), 2.0, (-3.0, 3.0))
+    plan = method.plan(denoiser.process, make_grid("karras", 6, denoiser.process))
+    state = method.init(item.x, plan)
+    no_waiting()
+    with torch.no_grad():
+        for k in range(len(plan)):
+            state = method.step(state, k, plan, denoise, None)
+    assert state.x.is_cuda
+
+
+def test_the_average_on_cuda_is_the_one_on_the_cpu():
+    averages = []
+    for device in ("cpu", "cuda"):
+        denoiser, _ = _batch("cpu")
+        average = EMA(denoiser.to(device), 100.0)
+        with torch.no_grad():
+            for step in range(1, 6):
+                for p in denoiser.parameters():
+                    p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(step)))
+                average.update(16, torch.tensor(float(step == 3), device=device))
+        averages.append([p.cpu() for p in average.module.parameters()])
+    for one, other in zip(*averages, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
 def test_a_resumed_run_follows_the_uninterrupted_one(tmp_path):

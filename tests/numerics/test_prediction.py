@@ -42,6 +42,36 @@ def test_every_conversion_gives_the_definition_back(schedule, given, wanted):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("given", FIELDS)
+def test_the_fields_that_solvers_integrate_are_as_defined(schedule, given):
+    process = gaussian(schedule)
+    t = T[1:]  # at the first sigma may be 1e-10, which amplifies rounding
+    x_t, fields = _truth(process.schedule, t)
+    a, s = process.schedule.alpha(t)[:, None, None], process.schedule.sigma(t)[:, None, None]
+    prediction = Prediction(process, x_t, t, **{given: fields[given]})
+    torch.testing.assert_close(prediction.field("flow"), fields["eps"] - fields["x0"], rtol=1e-7, atol=1e-7)
+    angle = (a * fields["eps"] - s * fields["x0"]) / torch.hypot(a, s)
+    torch.testing.assert_close(prediction.field("angle"), angle, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", PRECONDITIONS)
+def test_a_network_that_meets_its_target_denoises_exactly(schedule, name):
+    process, sd = gaussian(schedule), 0.5
+    x_t, fields = _truth(process.schedule, T)
+    c_skip, c_out, c_in, c_noise = (c[:, None, None] for c in preconditioning(name, process.schedule, T, sd))
+
+    class Target(torch.nn.Module):
+        def forward(self, x, level, mask, cond, present):
+            torch.testing.assert_close(x, c_in * x_t)
+            torch.testing.assert_close(level, c_noise.flatten().float())
+            return (fields["x0" if name == "edm" else name] - c_skip * x_t) / c_out
+
+    x0_hat = Denoiser(Target(), process, name, sd)(x_t, T).x0
+    torch.testing.assert_close(x0_hat, fields["x0"], rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_velocity_is_the_drift_minus_half_the_score(schedule):
     process = gaussian(schedule)
     x_t, fields = _truth(process.schedule, T)
