@@ -176,10 +176,10 @@ def _plain(metrics: Mapping[str, Metric]) -> dict[str, Any]:
 
 
 def _finish(title: str, metrics: Mapping[str, Metric], record: dict[str, Any], folder: Path) -> int:
+    from polydiff.core.training.checkpoint import replace_text
+
     path = folder / RESULT
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    replace_text(path, json.dumps(record, indent=1) + "\n")
     print(title)
     rows = [("metric", "value", "95 % interval", "real data")]
     for name, metric in metrics.items():

@@ -80,8 +80,7 @@ def save(
             for name in TENSORS:
                 save_file(_plain(tensors[name]), part / f"{name}.safetensors", metadata={"format": "pt"})
             (part / "state.json").write_text(_json({**state, "step": step}), encoding="utf-8")
-            text = yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False, allow_unicode=True)
-            (part / "config.yaml").write_text(text, encoding="utf-8")
+            (part / "config.yaml").write_text(config_text(config), encoding="utf-8")
             _write_manifest(part, str(state.get("adapter", "")))
             for path in (*part.iterdir(), part):
                 sync(path)
@@ -183,6 +182,11 @@ def clean(folder: Path) -> None:
     """Remove what a killed save left behind."""
     for path in folder.glob("step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def config_text(config: Mapping[str, Any]) -> str:
+    """A configuration as ``config.yaml`` holds it: plain YAML, also of tuples and of dictionaries of other kinds."""
+    return str(yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False, allow_unicode=True))
 
 
 def replace_text(path: Path, text: str) -> None:

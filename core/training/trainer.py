@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from polydiff.core.adapter import Adapter, Item
@@ -158,7 +157,7 @@ class Trainer:
         """Train up to the last step, a signal, or divergence."""
         state, options, steps = self.state, self.options, self.options["steps"]
         if self.runtime.main:
-            checkpoint.replace_text(self.run / "config.yaml", _yaml(self.config))
+            checkpoint.replace_text(self.run / "config.yaml", checkpoint.config_text(self.config))
             checkpoint.replace_text(
                 self.run / "environment.json", json.dumps(environment(self.runtime), indent=1) + "\n"
             )
@@ -312,7 +311,3 @@ class Trainer:
         """Close the logs."""
         if self.logs is not None:
             self.logs.close()
-
-
-def _yaml(config: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False, allow_unicode=True)
