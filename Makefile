@@ -1,6 +1,8 @@
 # make demo   train, sample, score and show handwritten digits on real data
 # make test   lint, types and the test suite
 # make bars   every measured promise against its bar
+# make lint   ruff and mypy alone
+# make clean  remove build products and caches; runs, data and .venv stay
 #
 # Each of them makes .venv and installs into it when that is needed. Variables:
 #   PYTHON=python3.12      the interpreter .venv is made from (3.11 or later)
@@ -47,7 +49,6 @@ bars: $(INSTALLED)
 	done; \
 	test -z "$$missed" || { echo "missed:$$missed"; exit 1; }
 
-# Build products and caches only; runs, data and .venv stay.
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find core modalities configs data src tests examples -type d -name __pycache__ -prune -exec rm -rf {} +
