@@ -162,6 +162,7 @@ def test_targets_hold_the_noise_that_was_added(field):
 
     class Knowing(torch.nn.Module):
         def forward(self, x_t, t, mask=None, cond=None, present=None):
+            assert torch.equal(x_t[fixed], x0[fixed])
             prediction = Prediction(process, x_t, t, x0=x0)
             return Prediction(process, x_t, t, **{field: prediction.field(field)})
 

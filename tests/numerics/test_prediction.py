@@ -125,8 +125,10 @@ def test_networks_may_answer_in_half_precision(name):
             assert x_t.dtype == torch.float32
             return x_t.bfloat16()
 
-    prediction = Denoiser(Half(), gaussian("vp"), name)(torch.ones(2, 3), torch.full((2,), 0.5, dtype=torch.float64))
-    assert prediction.value.dtype == prediction.x0.dtype == torch.float32
+    for shape in ((), (2,)):
+        t = torch.full(shape, 0.5, dtype=torch.float64)
+        prediction = Denoiser(Half(), gaussian("vp"), name)(torch.ones(2, 3), t)
+        assert prediction.value.dtype == prediction.x0.dtype == torch.float32
 
 
 def test_network_outputs_are_projected():

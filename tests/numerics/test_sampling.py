@@ -142,6 +142,11 @@ def test_guidance_calls_only_what_it_needs():
     for time in (0.9, 0.3, 0.01):  # log-SNR of VP: -4.0, about 0, 5.8 at these
         window(x, torch.tensor(time, dtype=torch.float64))
     assert calls == ["c", "c", "u", "c"]
+    # scale 0 is no condition inside of the window, and the condition as it is outside
+    other = lambda x_t, t: Prediction(data.process, x_t, t, x0=torch.full_like(x_t, 7.0))
+    window = cfg(named("c"), other, 0.0, (-1.0, 1.0))
+    assert float((window(x, torch.tensor(0.3, dtype=torch.float64)).x0 - 7).abs().max()) == 0
+    assert float((window(x, torch.tensor(0.9, dtype=torch.float64)).x0 - 7).abs().max()) > 1
 
 
 def test_guidance_on_gaussians_samples_the_tilted_density():

@@ -188,8 +188,8 @@ def test_edm_equals_algorithm_2_of_edm():
 
 
 def test_churn_scales_the_state_on_paths_that_shrink_the_data():
-    """Raised noise is the forward process: on VP the state is scaled by alpha as well, and never past t_max."""
-    process, noise = gaussian("vp"), Noise(0, [0])
+    """Raised noise is the forward process: the state is scaled by alpha as well, and never past t_max."""
+    process, noise = gaussian("cosine"), Noise(0, [0])
     x, x0 = torch.full((1, 3), 0.7, dtype=F64), torch.full((1, 3), -0.2, dtype=F64)
     seen = []
 
@@ -197,12 +197,12 @@ def test_churn_scales_the_state_on_paths_that_shrink_the_data():
         seen.append((x_t, t))
         return x0
 
-    for start, churn in ((0.5, Churn(40.0, 0.0, 1e9, 1.0)), (0.999, Churn(40.0, 0.0, 1e9, 1.0))):
+    for start, churn in ((0.5, Churn(40.0, 0.0, 1e9, 1.0)), (0.9988, Churn(40.0, 0.0, 1e9, 1.0))):
         seen.clear()
         sample(denoise, process, x, RungeKutta("euler", "eps", churn), grid=[start, 0.1], generator=noise)
         before, (x_t, t) = torch.tensor(start, dtype=F64), seen[0]
         level = torch.exp(-process.schedule.log_snr(t)) / torch.exp(-process.schedule.log_snr(before))
-        assert float(t) == 1.0 if start == 0.999 else float(level) == pytest.approx(math.sqrt(2))
+        assert float(t) == 0.999 if start == 0.9988 else float(level) == pytest.approx(math.sqrt(2))
         expected = process.renoise(x, before, t, noise.draw(0, "churn", x))
         torch.testing.assert_close(x_t, expected, rtol=1e-9, atol=1e-9)
 
@@ -347,6 +347,31 @@ def test_starting_without_any_signal_is_finite(schedule, solver):
     assert _rms(out) < 5
     with pytest.raises(ScheduleError, match="alpha"):
         sample(as_field(data, "eps"), data.process, x, solver, grid=grid, generator=0)
+
+
+@pytest.mark.parametrize("solver", [Multistep(2, "eps"), RungeKutta("heun", "eps")])
+def test_eps_is_used_from_alpha_of_one_millionth(solver):
+    """Below it an interval is taken in x0_hat at first order, and a predicted eps is refused; above it eps is used."""
+    data = Mixture(gaussian("cosine"))
+    for alpha, usable in ((1e-7, False), (1e-5, True)):
+        start = 1 - 2 / math.pi * math.asin(alpha)
+        step = solver.plan(data.process, Grid((start, 0.5, 0.2))).steps[0]
+        assert (step.field, len(step.weights)) == (("eps", solver.stages) if usable else ("x0", 1))
+        run = lambda field, start=start: sample(
+            as_field(data, field), data.process, data.draw(start, 2), solver, grid=[start, 0.5, 0.2]
+        )
+        for field in ("eps", "score"):
+            if usable:
+                assert bool(run(field).isfinite().all())
+            else:
+                with pytest.raises(ScheduleError, match=field):
+                    run(field)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "heun", "edm"])
+def test_a_step_cannot_start_from_the_data(solver):
+    with pytest.raises(ScheduleError, match="sigma = 0"):
+        NAMES[solver].solver.plan(gaussian("vp"), Grid((0.0,), final=True))
 
 
 @pytest.mark.parametrize("solver", NAMES)
