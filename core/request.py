@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,19 +41,24 @@ def sampling_settings(
     """A ``sampling`` section with what is not None put over it.
 
     Raises:
-        ConfigError: an unknown solver or grid, or fewer than one step.
+        ConfigError: an unknown solver or grid, fewer than one step, guidance that is no number, no interval [low, high].
     """
+    interval = section.get("interval")
+    if interval is not None and not _is_interval(interval):
+        raise ConfigError(f"sampling.interval={interval} must be [low, high] in log-SNR with low < high, or null")
     chosen = Settings(
         solver=section["solver"] if solver is None else solver,
         grid=section["grid"] if grid is None else grid,
         steps=section["steps"] if steps is None else steps,
         guidance=float(section.get("guidance", 1.0) if guidance is None else guidance),
-        interval=tuple(section["interval"]) if section.get("interval") else None,
+        interval=None if interval is None else (float(interval[0]), float(interval[1])),
     )
     if chosen.solver not in NAMES:
         raise unknown("solver", chosen.solver, NAMES)
     if chosen.grid not in GRIDS:
         raise unknown("grid", chosen.grid, GRIDS)
+    if not math.isfinite(chosen.guidance):
+        raise ConfigError(f"guidance={chosen.guidance} must be a finite number")
     positive(steps=chosen.steps)
     return chosen
 
@@ -127,6 +133,11 @@ def positive(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
             raise ConfigError(f"{name}={number} must be at least 1")
+
+
+def _is_interval(value: Any) -> bool:
+    numbers = isinstance(value, list | tuple) and all(type(end) in (int, float) for end in value)
+    return numbers and len(value) == 2 and value[0] < value[1]
 
 
 def _as_list(value: Any, condition: Condition) -> list[Any]:

@@ -45,6 +45,18 @@ def test_settings_are_the_sections_with_changes_over_them() -> None:
         positive(a=1, b=0)
 
 
+@pytest.mark.parametrize("interval", [3, [], [1], [2, -1], [1, 1], [0, float("nan")], ["a", "b"], [False, True], "ab"])
+def test_an_interval_that_is_none_is_named(interval: Any) -> None:
+    section = {"solver": "heun", "grid": "karras", "steps": 9, "interval": interval}
+    with pytest.raises(ConfigError, match=r"sampling\.interval=.* must be \[low, high\] in log-SNR"):
+        sampling_settings(section)
+
+
+def test_guidance_is_a_finite_number() -> None:
+    with pytest.raises(ConfigError, match="guidance=nan must be a finite number"):
+        sampling_settings({"solver": "heun", "grid": "karras", "steps": 9, "guidance": float("nan")})
+
+
 @pytest.mark.parametrize(
     ("like", "n"),
     [

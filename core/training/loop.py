@@ -92,9 +92,16 @@ def _check(config: Mapping[str, Any]) -> None:
     for name in ("workers", "seed"):
         if not isinstance(options[name], int) or options[name] < 0:
             raise ConfigError(f"trainer.{name}={options[name]} must be a whole number of at least 0")
-    if not config["optim"]["lr"] > 0 or not config["optim"]["ema_halflife"] > 0:
+    optim = config["optim"]
+    if not optim["lr"] > 0 or not optim["ema_halflife"] > 0:
         raise ConfigError("optim.lr and optim.ema_halflife must be positive")
-    learning_rate(0, options["steps"], lr=1.0, decay=config["optim"]["decay"])
+    least = {f"optim.{name}": optim[name] for name in ("warmup", "eps", "weight_decay", "ema_warmup")}
+    for key, value in {**least, "trainer.clip": options["clip"]}.items():
+        if value is not None and not value >= 0:
+            raise ConfigError(f"{key}={value} must be at least 0")
+    if len(optim["betas"]) != 2 or not all(0 <= beta < 1 for beta in optim["betas"]):
+        raise ConfigError(f"optim.betas={list(optim['betas'])} must be two numbers of at least 0 and below 1")
+    learning_rate(0, options["steps"], lr=1.0, decay=optim["decay"])
 
 
 def _held_out(adapter: Adapter, data: Mapping[str, Any]) -> Any:
