@@ -89,6 +89,9 @@ def test_impossible_requests_are_refused():
             make_grid("uniform", n, process)
     with pytest.raises(ConfigError, match="karras"):
         make_grid("karas", 5, process)
+    for name in ("ddpm-leading", "ddpm-trailing", "ddpm-linspace"):
+        with pytest.raises(ScheduleError, match="steps = 1001: a discrete chain of 1000 has no more"):
+            make_grid(name, 1001, process)
     with pytest.raises(ScheduleError, match="log-SNR"):
         make_grid("log_snr", 5, process, t_start=1.0)  # alpha = 0 there
     with pytest.raises(ScheduleError, match="t_start"):

@@ -218,7 +218,15 @@ def test_self_conditioning_is_given_to_half_of_the_items():
 
 
 @pytest.mark.parametrize(
-    "options", [{"weight": "edmm"}, {"time": "lognormal"}, {"time": {"name": "uniform", "mean": 1}}, {"drop": 1.5}]
+    "options",
+    [
+        {"weight": "edmm"},
+        {"time": "lognormal"},
+        {"time": {"name": "uniform", "mean": 1}},
+        {"time": {"name": "log_normal", "std": 0.0}},
+        {"time": {"name": "logit_normal", "mean": math.nan}},
+        {"drop": 1.5},
+    ],
 )
 def test_bad_options_are_refused(options):
     with pytest.raises(ConfigError):

@@ -8,7 +8,7 @@ from torch.distributions import MultivariateNormal
 
 from polydiff.core.denoiser import Prediction
 from polydiff.core.errors import ConfigError, ScheduleError
-from polydiff.core.noise import Noise, as_noise
+from polydiff.core.noise import Noise, Projected, as_noise
 from polydiff.core.processes import GaussianProcess, gaussian
 from polydiff.core.schedules import SCHEDULES, VP
 
@@ -157,10 +157,22 @@ def test_noise_is_standard_normal():
     assert abs(float(z.mean())) < 4 / n**0.5 and abs(float(z.var()) - 1) < 4 * (2 / n) ** 0.5
 
 
+def test_what_solvers_draw_is_projected():
+    process = GaussianProcess(VP(), mean_free=True)
+    mask = torch.tensor([[True] * 3 + [False], [True] * 4])
+    fixed = torch.tensor([[False] * 4, [True] + [False] * 3])
+    like, noise = torch.zeros(2, 4, 3), Noise(0, [0, 1])
+    drawn = Projected(noise, process, mask, fixed).draw(1, "step", like)
+    assert torch.equal(drawn, process.project(noise.draw(1, "step", like, mask=mask), mask, fixed))
+    assert float(drawn[1, 0].abs().max()) == 0 and float(drawn[0].sum(0).abs().max()) < 1e-6
+
+
 def test_generators_become_item_seeds():
     one = as_noise(torch.Generator().manual_seed(1), 3).draw(0, "step", torch.zeros(3, 4))
     again = as_noise(torch.Generator().manual_seed(1), 3).draw(0, "step", torch.zeros(3, 4))
     assert torch.equal(one, again) and not torch.equal(one[0], one[1])
+    other = as_noise(torch.Generator().manual_seed(2), 3).draw(0, "step", torch.zeros(3, 4))
+    assert not torch.equal(one, other)
     with pytest.raises(ConfigError, match="generators"):
         as_noise([torch.Generator()], 3)
     state = torch.get_rng_state()

@@ -100,6 +100,15 @@ def test_constant_predictions_are_integrated_exactly(schedule, predict):
             torch.testing.assert_close(out, state(end), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("predict", ["x0", "eps", "flow"])
+def test_the_first_interval_leaves_the_right_field_behind(predict):
+    """From alpha = 0 a step is taken in x0, but the next ones continue with the method's own field: still exact."""
+    process = gaussian("rectified_flow")
+    x0, eps = torch.tensor([[0.4, -1.0]], dtype=F64), torch.tensor([[1.3, 0.2]], dtype=F64)
+    out = sample(lambda *_: x0, process, eps, Multistep(3, predict, "t"), grid=[1.0, 0.8, 0.5, 0.3])
+    torch.testing.assert_close(out, 0.7 * x0 + 0.3 * eps, rtol=1e-12, atol=1e-12)
+
+
 def test_first_order_forms_are_ddim():
     """Order 1 in the x0, eps and flow forms is the same update."""
     data = Mixture(gaussian("vp"))
