@@ -109,7 +109,9 @@ def _prepare(config: Config, run: Path) -> None:
     from polydiff.core.grids import make_grid
     from polydiff.core.request import sampling_settings
     from polydiff.core.solvers.names import resolve
+    from polydiff.core.training.loop import check_numbers
 
+    check_numbers(config)
     adapter = adapters.load(config["adapter"])
     find_network(adapter, config["network"], local=True)
     check_options("data.options", adapter.dataset, 2, config["data"]["options"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -40,7 +41,7 @@ def train(config: Mapping[str, Any], run: Path, *, init: Path | None = None, qui
     from polydiff.core import adapter as adapters
     from polydiff.core.build import build, data_path
 
-    _check(config)
+    check_numbers(config)
     adapter = adapters.load(config["adapter"])
     data = {**config["data"], "path": data_path(config["data"])}
     dataset = adapter.dataset(data["path"], "train", **data["options"])
@@ -55,7 +56,7 @@ def fit(
     parts: Parts, config: Mapping[str, Any], run: Path, *, init: Path | None = None, quiet: bool | None = None
 ) -> TrainResult:
     """As ``train``, with objects already built. Of the configuration it reads ``optim``, ``trainer``, ``logger``."""
-    _check(config)
+    check_numbers(config)
     run, options = Path(run), config["trainer"]
     with ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt())
@@ -83,8 +84,12 @@ def fit(
             trainer.close()
 
 
-def _check(config: Mapping[str, Any]) -> None:
-    """Refuse numbers with which nothing can be trained."""
+def check_numbers(config: Mapping[str, Any]) -> None:
+    """Refuse numbers with which nothing can be trained.
+
+    Raises:
+        ConfigError: naming the first key and the values it may have.
+    """
     options = config["trainer"]
     for name in POSITIVE:
         if not isinstance(options[name], int) or isinstance(options[name], bool) or options[name] < 1:
@@ -92,9 +97,12 @@ def _check(config: Mapping[str, Any]) -> None:
     for name in ("workers", "seed"):
         if not isinstance(options[name], int) or options[name] < 0:
             raise ConfigError(f"trainer.{name}={options[name]} must be a whole number of at least 0")
+    if options["seed"] >= 2**63:  # torch seeds its generators with 64 bits
+        raise ConfigError(f"trainer.seed={options['seed']} must be below 2^63")
     optim = config["optim"]
-    if not optim["lr"] > 0 or not optim["ema_halflife"] > 0:
-        raise ConfigError("optim.lr and optim.ema_halflife must be positive")
+    for name in ("lr", "ema_halflife"):
+        if not 0 < optim[name] < math.inf:
+            raise ConfigError(f"optim.{name}={optim[name]} must be positive and finite")
     least = {f"optim.{name}": optim[name] for name in ("warmup", "eps", "weight_decay", "ema_warmup")}
     for key, value in {**least, "trainer.clip": options["clip"]}.items():
         if value is not None and not value >= 0:

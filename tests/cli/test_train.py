@@ -81,6 +81,7 @@ def test_several_values_train_one_after_another(polydiff: Command, here: Path) -
 
 def test_several_values_are_all_checked_before_the_first_trains(refused: Command, here: Path) -> None:
     assert "unknown data 'ringz': did you mean rings" in refused("train", "-m", *SMALL, "data=moons,ringz")
+    assert "optim.lr=-1.0 must be positive" in refused("train", "-m", *SMALL, "optim.lr=1e-3,-1")
     assert list(here.iterdir()) == []
 
 
@@ -141,7 +142,7 @@ def test_a_second_process_is_refused(refused: Command, moons_run: Path) -> None:
         (["experiment=toy2d", "sampling.steps=0"], "steps=0 must be at least 1"),
         (["experiment=toy2d", "trainer.steps=0"], "trainer.steps=0 must be a whole number of at least 1"),
         (["experiment=toy2d", "trainer.batch=-4"], "trainer.batch=-4 must be a whole number of at least 1"),
-        (["experiment=toy2d", "optim.lr=0"], "optim.lr and optim.ema_halflife must be positive"),
+        (["experiment=toy2d", "optim.lr=0"], "optim.lr=0.0 must be positive and finite"),
         (["experiment=toy2d", "network=unet"], "unknown network 'unet': valid: mlp"),
         (["experiment=toy2d", "data=digits"], "unknown option 'data.options.flip'"),
         (["experiment=toy2d", "data.options.flipp=true"], "unknown option 'data.options.flipp'"),

@@ -347,6 +347,8 @@ def test_bf16_trains_like_fp32_with_weights_in_float32(reference: Path, tmp_path
         ({"trainer__precision": "fp8"}, "trainer.precision"),
         ({"optim__decay": "cosin"}, "did you mean cosine"),
         ({"optim__lr": 0.0}, "optim.lr"),
+        ({"optim__lr": float("inf")}, "optim.lr=inf must be positive and finite"),
+        ({"trainer__seed": 2**63}, "trainer.seed=9223372036854775808 must be below"),
         ({"optim__betas": [0.9, 1.0]}, "optim.betas"),
         ({"optim__warmup": -1}, "optim.warmup=-1 must be at least 0"),
         ({"trainer__clip": -1.0}, "trainer.clip"),
