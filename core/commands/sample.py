@@ -108,7 +108,7 @@ def main(words: list[str]) -> int:
 
 
 def choose_folder(run: Path, out: Path | None, record: dict[str, Any]) -> Path:
-    """Where samples with these settings go: a folder that is new, empty, or holds samples of the same settings.
+    """Where samples with these settings go: a folder that is new, empty, or holds samples of the same settings alone.
 
     Without ``out`` a number is added to the name while another set of samples has it: nothing is overwritten.
 
@@ -140,7 +140,12 @@ def _occupied(folder: Path, record: dict[str, Any]) -> str:
     except (OSError, ValueError, RecursionError):
         return f"exists and has no {RECORD}, so it is no folder of samples"
     same = isinstance(old, dict) and json.loads(json.dumps(record)) == {k: v for k, v in old.items() if k != "samples"}
-    return "" if same else "holds samples of other settings"
+    if not same:
+        return "holds samples of other settings"
+    entries = old.get("samples")
+    own = {entry.get("file") for entry in entries if isinstance(entry, dict)} if isinstance(entries, list) else set()
+    others = sorted(path.name for path in folder.iterdir() if path.name not in own | {RECORD})
+    return f"also holds {others[0]}" if others else ""
 
 
 @contextmanager
