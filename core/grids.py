@@ -89,6 +89,10 @@ def karras(schedule: Schedule, n: int, start: float, end: float, rho: float = 7.
 
 def _discrete(indices: Tensor, length: int, start: float, end: float) -> Tensor:
     """Times of the indices of a discrete chain: 0 stands at ``end`` and length - 1 at ``start``, so VP's at (i + 1)/length."""
+    if len(indices) > length:
+        raise ScheduleError(
+            f"steps = {len(indices)}: a discrete chain of {length} has no more; take fewer or the uniform grid"
+        )
     return end + indices.to(torch.float64) / (length - 1) * (start - end)
 
 

@@ -16,6 +16,7 @@ from polydiff.core.grids import GRIDS
 from polydiff.core.solvers.names import NAMES
 from polydiff.core.tree import State, leaves
 
+MOST_STEPS = 100_000  # of a solver; a slip such as 1e9 would fill the memory with coefficients
 SHOWN = 64  # samples that tell what a model does
 TINY = 16  # numbers in a state; so small ones show nothing by themselves, only many of them together do
 
@@ -41,7 +42,8 @@ def sampling_settings(
     """A ``sampling`` section with what is not None put over it.
 
     Raises:
-        ConfigError: an unknown solver or grid, fewer than one step, guidance that is no number, no interval [low, high].
+        ConfigError: an unknown solver or grid, too few or too many steps, guidance that is no number, no interval
+            [low, high].
     """
     interval = section.get("interval")
     if interval is not None and not _is_interval(interval):
@@ -60,6 +62,8 @@ def sampling_settings(
     if not math.isfinite(chosen.guidance):
         raise ConfigError(f"guidance={chosen.guidance} must be a finite number")
     positive(steps=chosen.steps)
+    if chosen.steps > MOST_STEPS:
+        raise ConfigError(f"steps={chosen.steps} must be at most {MOST_STEPS}")
     return chosen
 
 

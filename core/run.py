@@ -126,7 +126,7 @@ class Run:
         """
         settings = self.settings(solver, grid, steps, guidance)
         width = batch if deterministic_batch is None else deterministic_batch
-        positive(n=n, batch=width)
+        positive(**{"n": n, "batch" if deterministic_batch is None else "deterministic_batch": width})
         values = self.conditions(cond or {}, n)
         if guidance is not None and guidance != 1 and not any(values):
             names = ", ".join(f"cond.{name}=..." for name in self.denoiser.conditions) or "(this model has none)"

@@ -52,6 +52,12 @@ def test_an_interval_that_is_none_is_named(interval: Any) -> None:
         sampling_settings(section)
 
 
+@pytest.mark.parametrize(("steps", "text"), [(0, "at least 1"), (10**9, "steps=1000000000 must be at most 100000")])
+def test_steps_have_bounds(steps: int, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        sampling_settings({"solver": "heun", "grid": "karras", "steps": 9}, steps=steps)
+
+
 def test_guidance_is_a_finite_number() -> None:
     with pytest.raises(ConfigError, match="guidance=nan must be a finite number"):
         sampling_settings({"solver": "heun", "grid": "karras", "steps": 9, "guidance": float("nan")})

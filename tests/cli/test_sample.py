@@ -98,6 +98,9 @@ def test_other_formats_are_the_adapters(polydiff: Command, refused: Command, run
         (["n=0"], "n=0 must be at least 1"),
         (["steps=0"], "steps=0 must be at least 1"),
         (["batch=0"], "batch=0 must be at least 1"),
+        (["deterministic_batch=0"], "deterministic_batch=0 must be at least 1"),
+        (["steps=1000000000"], "steps=1000000000 must be at most"),
+        (["grid=ddpm-leading", "steps=2000"], "a discrete chain of 1000 has no more"),
         (["solver=huen"], "unknown solver 'huen': did you mean heun"),
         (["grid=karas"], "unknown grid 'karas': did you mean karras"),
         (["stepz=3"], "unknown option 'stepz': did you mean steps"),
@@ -114,6 +117,18 @@ def test_other_formats_are_the_adapters(polydiff: Command, refused: Command, run
 def test_a_mistake_is_one_line_and_writes_nothing(refused: Command, run: Path, words: list[str], message: str) -> None:
     assert message in refused("sample", f"run={run}", *words)
     assert not (run / "samples").exists() or not list((run / "samples").iterdir())
+
+
+def test_what_lies_beside_samples_is_kept(polydiff: Command, refused: Command, run: Path) -> None:
+    words, samples = (f"run={run}", "n=1", "steps=1"), run / "samples"
+    for _ in range(2):  # the same samples once more take the same folder
+        assert polydiff("sample", *words)[0] == 0
+    first = samples / "dpmpp-2m-1-seed0"
+    (first / "metrics.json").write_text("{}")
+    assert polydiff("sample", *words)[0] == 0
+    assert (first / "metrics.json").read_text() == "{}"
+    assert sorted(path.name for path in samples.iterdir()) == [first.name, f"{first.name}-2"]
+    assert "also holds metrics.json" in refused("sample", *words, f"out={first}")
 
 
 def test_no_run_is_one_line(refused: Command, tmp_path: Path) -> None:
