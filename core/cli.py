@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from polydiff import __version__
 from polydiff.core.commands import VERBS
 from polydiff.core.errors import PolydiffError, unknown
 
+_NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory|bad_alloc")  # as torch says it, by device
 OK, USER_ERROR, FAULT, INTERRUPTED, STOPPED = 0, 1, 70, 75, 130
 
 
@@ -67,6 +69,10 @@ def _main(words: list[str]) -> int:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+            return _fail(
+                words[0], "out of memory: take a smaller batch, fewer samples or a smaller network", USER_ERROR
+            )
         line = f"{type(error).__name__}: {error} (a fault of polydiff; POLYDIFF_DEBUG=1 shows where)"
         return _fail(words[0], line, FAULT)
 

@@ -56,6 +56,25 @@ def test_a_fault_of_polydiff_has_its_own_code_and_debug_shows_where(
         cli.main(["list"])
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+    ],
+)
+def test_too_little_memory_is_no_fault(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def hungry(verb: str, words: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "_run", hungry)
+    assert refused("list").startswith("polydiff list: out of memory: take a smaller batch")
+
+
 def test_ctrl_c_is_one_line(polydiff: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(verb: str, words: list[str]) -> int:
         raise KeyboardInterrupt
