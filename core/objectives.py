@@ -123,7 +123,7 @@ class Objective:
         terms: Mapping[str, tuple[Callable[..., Tensor], float]] | None = None,
         sigma_data: float = 1.0,
     ) -> None:
-        options = {"name": time} if isinstance(time, str) else dict(time)
+        options: dict[str, Any] = {"name": time} if isinstance(time, str) else dict(time)
         name = options.pop("name", "log_normal")
         if name not in TIMES:
             raise unknown("time sampler", name, TIMES)
@@ -136,6 +136,8 @@ class Objective:
             TIMES[name](torch.full((1,), 0.5, dtype=torch.float64), process.schedule, **options)
         except TypeError as error:
             raise ConfigError(f"objective.time {name!r} does not take {sorted(options)}: {error}") from None
+        if not all(math.isfinite(value) and (key != "std" or value > 0) for key, value in options.items()):
+            raise ConfigError(f"objective.time {name!r} needs finite numbers and a positive std, got {options}")
         self.process, self.sigma_data, self.stratified, self.drop = process, sigma_data, stratified, drop
         self._time, self._time_options, self._weight = TIMES[name], options, WEIGHTS[weight]
         self.terms = dict(terms or {})

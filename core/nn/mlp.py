@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polydiff.core.errors import ConfigError
 from polydiff.core.nn.embeddings import ConditionSpec, Embedding
 
 
@@ -39,6 +40,8 @@ class MLP(nn.Module):
         dropout: probability of dropping an activation inside a block.
         embedding: width of the vector of noise level and conditions; default ``width``.
         conditions: by name, a number of classes or ``("tensor", size)``; see :class:`Embedding`.
+    Raises:
+        ConfigError: no width or no block.
     Source:
         Perez et al. 2018 (FiLM) for the modulation; Peebles and Xie 2023, section 3.2 for its place after the norm.
     """
@@ -55,6 +58,8 @@ class MLP(nn.Module):
         conditions: Mapping[str, ConditionSpec] | None = None,
     ) -> None:
         super().__init__()
+        if width < 1 or blocks < 1:
+            raise ConfigError(f"MLP: width={width} and blocks={blocks} must be at least 1")
         self.embedding = Embedding(embedding or width, conditions)
         self.first = nn.Linear(in_features, width)
         self.blocks = nn.ModuleList(_Block(width, dropout) for _ in range(blocks))

@@ -175,9 +175,13 @@ class UNet(nn.Module):
         conditions: Mapping[str, ConditionSpec] | None = None,
     ) -> None:
         super().__init__()
-        self.axes = axes
+        self.axes, self.in_channels = axes, in_channels
         if axes not in CONVOLUTION:
             raise ConfigError(f"UNet: axes={axes}; it works on 1, 2 or 3 axes")
+        sizes = {"channels": [channels], "multipliers": multipliers, "head_channels": [head_channels]}
+        for name, values in sizes.items():
+            if any(value < 1 for value in values):
+                raise ConfigError(f"UNet: {name}={values if name == 'multipliers' else values[0]} must be at least 1")
         levels = len(multipliers)
         counts = [blocks] * levels if isinstance(blocks, int) else list(blocks)
         if not levels or len(counts) != levels or min(counts) < 1:
@@ -233,7 +237,13 @@ class UNet(nn.Module):
             present: by name, bool (b,); a condition that is missing here is present for the whole batch.
         Returns:
             (b, out_channels, *axes).
+        Raises:
+            ConfigError: an input of other channels than the network was built for, or an undeclared condition.
         """
+        if x_t.shape[1] != self.in_channels:
+            raise ConfigError(
+                f"UNet: the input has {x_t.shape[1]} channels, this network was built for {self.in_channels}"
+            )
         cond, present = dict(cond or {}), present or {}
         parts = [field(x_t, cond.pop(name, None), present.get(name)) for name, field in self.fields.items()]
         modulations = iter(self.modulation(self.embedding(c_noise, cond, present)).split(self.modulation_widths, dim=1))

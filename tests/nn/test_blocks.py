@@ -86,6 +86,12 @@ def test_fourier_features_keep_their_norm_and_tell_near_levels_apart():
         FourierFeatures(7)
 
 
+@pytest.mark.parametrize("options", [{"width": 0}, {"width": -1}, {"blocks": 0}])
+def test_a_perceptron_has_a_width_and_a_block(options):
+    with pytest.raises(ConfigError, match="must be at least 1"):
+        MLP(2, **options)
+
+
 def test_embedding_refuses_a_field():
     with pytest.raises(ConfigError, match="field"):
         Embedding(8, {"guide": ("field", 3)})

@@ -181,6 +181,9 @@ def test_a_state_dict_moves_all_that_matters():
         ({"axes": 4}, "axes=4"),
         ({"blocks": (1, 2)}, "blocks"),
         ({"blocks": 0}, "blocks"),
+        ({"channels": 0}, "channels=0 must be at least 1"),
+        ({"multipliers": (1, -2)}, "multipliers="),
+        ({"head_channels": 0}, "head_channels=0 must be at least 1"),
         ({"attention": (3,)}, "0..2"),
         ({"channels": 48, "attention": (0,), "head_channels": 32}, "head_channels=32"),
         ({"conditions": {"label": 0}}, "label"),
@@ -190,6 +193,11 @@ def test_a_state_dict_moves_all_that_matters():
 def test_impossible_arguments_are_named(options, text):
     with pytest.raises(ConfigError, match=text):
         UNet(**options)
+
+
+def test_an_input_of_other_channels_is_refused():
+    with pytest.raises(ConfigError, match="the input has 5 channels, this network was built for "):
+        small()(torch.zeros(1, 5, 4, 4), torch.zeros(1))
 
 
 def test_an_undeclared_condition_is_refused():
