@@ -40,7 +40,7 @@ def reading(path: Path) -> Iterator[None]:
 
 def refused(path: Path, why: str) -> DataError:
     """The error for a file that cannot be trusted, and the way out."""
-    return DataError(f"{path}: {why}; delete it and prepare it again: polydiff data {path.stem}")
+    return DataError(f"{path}: {why}; prepare it again: polydiff data {path.stem}, or give another file")
 
 
 def members(group: Any, path: Path) -> dict[str, Any]:
