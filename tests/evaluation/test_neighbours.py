@@ -105,3 +105,13 @@ def test_ten_thousand_in_bounded_memory():
     grown_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert grown_mb < 400
     assert float(result.precision.mean()) > 0.3
+
+
+def test_a_near_copy_is_nearer_than_99_percent_of_training_items_are_to_each_other():
+    """500 far pairs with distances 1..500: the first percentile of the 1,000 nearest distances is 6."""
+    i = torch.arange(500, dtype=torch.float32)
+    first = torch.stack([1e4 * i, torch.zeros(500)], 1)
+    train = torch.cat([first, first + torch.stack([torch.zeros(500), i + 1], 1)])
+    below = first[300:400] - torch.tensor([0.0, 5.5])
+    above = first[300:400] - torch.tensor([0.0, 6.5])
+    assert originality(torch.cat([below, above]), train)["near_copies"].value == 0.5
