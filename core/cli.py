@@ -30,9 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``polydiff``; the process's own when None.
     """
     code = _main(list(sys.argv[1:] if argv is None else argv))
-    if argv is None and "RANK" in os.environ:
-        # One of several processes: threads of the process group may outlive the interpreter, which then aborts although
-        # all is saved. All processes have waited for each other, so this one may leave at once.
+    return leave(code) if argv is None else code
+
+
+def leave(code: int) -> int:
+    """End a process that is one of several at once; any other gets its exit code back.
+
+    Threads of the process group may outlive the interpreter, which then aborts although all is saved. All processes have
+    waited for each other by then, so none needs this one any more.
+    """
+    if "RANK" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

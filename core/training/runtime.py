@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import signal
 import threading
+import time
 from contextlib import AbstractContextManager
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -99,6 +100,9 @@ class Runtime:
         """
         if self.world > 1:
             self.barrier()
+            # The group's own threads still let go of that last message, for which they need the interpreter: one that is
+            # taken down under them aborts the process, after all is saved.
+            time.sleep(0.2)
             atexit.unregister(_leave)
             atexit.register(_leave)
 

@@ -1,5 +1,6 @@
 """The command itself: help, exit codes, one line for an error."""
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -84,7 +85,7 @@ def test_ctrl_c_is_one_line(polydiff: Callable[..., tuple[int, str, str]], monke
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
-    command = f"{sys.executable} -m polydiff list schedules | head -n 1; echo ${{PIPESTATUS[0]}}"
+    command = f"{shlex.quote(sys.executable)} -m polydiff list schedules | head -n 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["schedules", "0"]
     assert done.stderr == ""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from polydiff.core.adapter import Adapter, Condition, Fragment, Item
+from polydiff.core.cli import leave
 from polydiff.core.denoiser import Denoiser
 from polydiff.core.errors import PolydiffError
 from polydiff.core.objectives import Objective
@@ -160,4 +161,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(leave(main(sys.argv[1:])))
