@@ -229,7 +229,7 @@ def _like(key: str, base: Any, value: Any, closed: bool = False) -> Any:
     return value
 
 
-NULLABLE = ("trainer.clip", "optim.ema_warmup", "data.path")
+NULLABLE = ("trainer.clip", "trainer.seconds", "optim.ema_warmup", "data.path")
 FREE = ("objective.drop",)  # one number, or one for each condition
 _KINDS = {
     int: "a whole number",

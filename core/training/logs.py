@@ -80,12 +80,13 @@ class Progress:
         start: steps done before.
         steps: steps in all.
         quiet: True for nothing at all; None decides by the terminal; False forces the bar.
+        seconds: after which it ends at the latest.
     """
 
-    def __init__(self, start: int, steps: int, quiet: bool | None = None) -> None:
+    def __init__(self, start: int, steps: int, quiet: bool | None = None, seconds: float = math.inf) -> None:
         self.steps, self.quiet, self._bar = steps, bool(quiet), None
         self._shown = self._begin = time.monotonic()
-        self._start = start
+        self._start, self._end = start, self._begin + seconds
         if quiet is False or (quiet is None and sys.stderr.isatty()):
             from tqdm import tqdm
 
@@ -109,6 +110,7 @@ class Progress:
         now = time.monotonic()
         if self._bar is None and (now - self._shown >= SECONDS_PER_LINE or step == self.steps):
             left = (self.steps - step) * (now - self._begin) / max(1, step - self._start)
+            left = max(0.0, min(left, self._end - now))
             clock = f"{int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
             self.say(f"step {step}/{self.steps}  loss {number}  {items_per_s:,.0f} items/s  {clock} left")
             self._shown = now
@@ -127,13 +129,22 @@ class Logs:
         start: steps done before.
         steps: steps in all.
         tensorboard: also write TensorBoard events.
-        quiet: see ``Progress``.
+        quiet, seconds: see ``Progress``.
     """
 
-    def __init__(self, run: Path, start: int, steps: int, *, tensorboard: bool, quiet: bool | None) -> None:
+    def __init__(
+        self,
+        run: Path,
+        start: int,
+        steps: int,
+        *,
+        tensorboard: bool,
+        quiet: bool | None,
+        seconds: float = math.inf,
+    ) -> None:
         self.metrics = JsonLines(run / "metrics.jsonl", start)
         self.heldout = JsonLines(run / "heldout.jsonl", start)
-        self.progress = Progress(start, steps, quiet)
+        self.progress = Progress(start, steps, quiet, seconds)
         self._writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

@@ -70,12 +70,12 @@ def fit(
             found = checkpoint.newest(run / "checkpoints")
         if found is not None:
             check_same(found, config, parts.facts)
-            if found.step >= options["steps"]:
+            wall, seconds = float(found.state.get("wall_s", 0.0)), options.get("seconds") or math.inf
+            if found.step >= options["steps"] or wall >= seconds:
+                more = "; trainer.steps=N" if found.step >= options["steps"] else f" in {wall:.0f} s; trainer.seconds=N"
                 if runtime.main and not quiet:
-                    print(
-                        f"{run} is finished: {found.step} steps are done; trainer.steps=N goes on, restart=true begins anew"
-                    )
-                return TrainResult(run, found.step, options["steps"], found.step)
+                    print(f"{run} is finished: {found.step} steps are done{more} goes on, restart=true begins anew")
+                return TrainResult(run, found.step, options["steps"], found.step, timed_out=wall >= seconds)
         trainer = Trainer(parts, config, run, runtime, interrupt, () if lock is None else (lock.descriptor,))
         trainer.restore(found, init)
         try:
@@ -99,6 +99,9 @@ def check_numbers(config: Mapping[str, Any]) -> None:
             raise ConfigError(f"trainer.{name}={options[name]} must be a whole number of at least 0")
     if options["seed"] >= 2**63:  # torch seeds its generators with 64 bits
         raise ConfigError(f"trainer.seed={options['seed']} must be below 2^63")
+    seconds = options.get("seconds")
+    if seconds is not None and not (isinstance(seconds, int | float) and 0 < seconds < math.inf):
+        raise ConfigError(f"trainer.seconds={seconds} must be a positive number of seconds, or null for no limit")
     optim = config["optim"]
     for name in ("lr", "ema_halflife"):
         if not 0 < optim[name] < math.inf:

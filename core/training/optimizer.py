@@ -15,18 +15,27 @@ DECAYS = ("constant", "cosine", "linear")
 STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
-def learning_rate(step: int, steps: int, *, lr: float, warmup: int = 0, decay: str = "cosine") -> float:
+def learning_rate(
+    step: int, steps: int, *, lr: float, warmup: int = 0, decay: str = "cosine", spent: float = 0.0
+) -> float:
     r"""Learning rate of step ``step`` (0-based): a linear rise, then constant, half a cosine or a line to zero.
 
-    .. math:: \text{lr} \cdot \min(1, (s+1)/w) \cdot \{1,\; (1+\cos\pi u)/2,\; 1-u\}, \quad u = (s-w)^+ / (S-w)
+    .. math:: \text{lr} \cdot \min(1, (s+1)/w) \cdot \{1,\; (1+\cos\pi u)/2,\; 1-u\}, \quad
+              u = \max((s-w)^+ / (S-w),\; \text{spent})
 
+    Args:
+        step, steps: s and S.
+        lr: the peak.
+        warmup: w, steps of the rise.
+        decay: one of ``DECAYS``.
+        spent: share of a time budget that is used up, 0 without one.
     Raises:
         ConfigError: an unknown decay.
     """
     if decay not in DECAYS:
         raise unknown("optim.decay", decay, DECAYS)
     rise = min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
-    u = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
+    u = min(1.0, max(max(0, step - warmup) / max(1, steps - warmup), spent))
     return lr * rise * {"constant": 1.0, "cosine": 0.5 * (1.0 + math.cos(math.pi * u)), "linear": 1.0 - u}[decay]
 
 

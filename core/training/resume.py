@@ -18,7 +18,7 @@ from polydiff.core.errors import CheckpointError, ConfigError
 from polydiff.core.training import checkpoint
 from polydiff.core.training.state import load_weights
 
-FREE = ("steps", "log_every", "workers", "device")  # of trainer: may change when a run goes on
+FREE = ("steps", "seconds", "log_every", "workers", "device")  # of trainer: may change when a run goes on
 
 
 class Lock:
@@ -87,7 +87,8 @@ def check_same(found: checkpoint.Checkpoint, config: Mapping[str, Any], facts: M
     The data file may stand elsewhere now; its content may not have changed.
 
     Raises:
-        ConfigError: the configuration differs in more than ``trainer.{steps,log_every,workers,device}``, or the data do.
+        ConfigError: the configuration differs in more than ``trainer.{steps,seconds,log_every,workers,device}``, or
+            the data do.
     """
     before, now = found.state.get("facts") or {}, dict(facts)
     if before.get("sha256") != now.get("sha256"):

@@ -7,6 +7,7 @@ a line of the log is due.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -65,6 +66,7 @@ class TrainResult:
         steps: steps wanted.
         started: the step this call started from.
         signal: the signal that interrupted it, or None.
+        timed_out: ``trainer.seconds`` are used up.
     """
 
     run: Path
@@ -72,11 +74,12 @@ class TrainResult:
     steps: int
     started: int = 0
     signal: int | None = None
+    timed_out: bool = False
 
     @property
     def finished(self) -> bool:
-        """All steps are done."""
-        return self.step >= self.steps
+        """All steps are done, or all the time is spent."""
+        return self.timed_out or self.step >= self.steps
 
     @property
     def exit_code(self) -> int:
@@ -123,6 +126,7 @@ class Trainer:
         self.names = tuple(getattr(parts.objective, "terms", None) or ())
         self.logs: Logs | None = None
         self.wall = 0.0
+        self.spent = 0.0  # share of the time budget, the same on every process
         self.started = 0
 
     def restore(self, found: checkpoint.Checkpoint | None, init: Path | None) -> None:
@@ -162,33 +166,43 @@ class Trainer:
                 self.run / "environment.json", json.dumps(environment(self.runtime), indent=1) + "\n"
             )
             tensorboard = self.config["logger"]["tensorboard"]
-            self.logs = Logs(self.run, state.step, steps, tensorboard=tensorboard, quiet=quiet)
+            left = (options.get("seconds") or math.inf) - self.wall
+            self.logs = Logs(self.run, state.step, steps, tensorboard=tensorboard, quiet=quiet, seconds=left)
             self.logs.progress.say(self._summary())
             self.previews = Previews(self.parts, self.config, self.run, state.ema.module, self.runtime.device)
         batches = self._batches()
-        signal = self._interrupted(agree=True)
         self.began = self.lap = time.monotonic()
+        signal = self._interrupted(agree=True)
         self.lap_step = state.step
         if self.started and self.logs is not None and self.started not in self.logs.heldout.steps:
             self._look(self.started)  # a signal came when one was due
-        while state.step < steps and signal is None:
+        while not self._done() and signal is None:
             lr = self._step(batches)
             state.step += 1
-            step, last = state.step, state.step == steps
+            step = state.step
+            signal = self._interrupted(agree=step % AGREE_EVERY == 0 or step == steps)
+            last = self._done()
             if self.logs is not None:
                 self.logs.progress.advance()
             if step % options["log_every"] == 0 or last:
                 self._log(lr)
             elif step % options["max_skipped"] == 0:
                 self._check_divergence(lr)
-            signal = self._interrupted(agree=step % AGREE_EVERY == 0 or last)
             if signal is None or last:
                 self._look(step)
             if last or signal is not None or step % options["save_every"] == 0:
                 self._save()
         self._farewell(signal)
         self.runtime.finish()
-        return TrainResult(self.run, state.step, steps, self.started, None if state.step >= steps else signal)
+        signal = None if self._done() else signal
+        return TrainResult(self.run, state.step, steps, self.started, signal, self.spent >= 1)
+
+    def _done(self) -> bool:
+        return self.state.step >= self.options["steps"] or self.spent >= 1
+
+    def _wall(self) -> float:
+        """Seconds of training so far, those before the last resume included."""
+        return self.wall + time.monotonic() - self.began
 
     def _step(self, batches: Iterator[Any]) -> float:
         """One optimizer step over all micro-batches; returns its learning rate."""
@@ -199,6 +213,7 @@ class Trainer:
             lr=self.optim["lr"],
             warmup=self.optim["warmup"],
             decay=self.optim["decay"],
+            spent=self.spent,
         )
         values = torch.zeros(1 + len(self.names), device=device)
         for chunk in chunks:
@@ -233,13 +248,16 @@ class Trainer:
         )
 
     def _interrupted(self, *, agree: bool) -> int | None:
-        """The signal to stop for; several processes agree on it, at the same step."""
+        """The signal to stop for; several processes agree on it and on the time spent, at the same step."""
+        spent = self._wall() / (self.options.get("seconds") or math.inf)
         if self.runtime.world == 1:
+            self.spent = spent
             return self.interrupt.signal
         if not agree:
             return None
-        own = torch.tensor(float(self.interrupt.signal or 0), device=self.runtime.device)
-        return max(int(value) for value in self.runtime.gather(own)) or None
+        own = torch.tensor([float(self.interrupt.signal or 0), spent], device=self.runtime.device)
+        number, self.spent = torch.stack(self.runtime.gather(own)).amax(0).tolist()
+        return int(number) or None
 
     def _log(self, lr: float) -> None:
         state = self.state
@@ -247,7 +265,7 @@ class Trainer:
         means, now = state.meter.read(), time.monotonic()  # the device has caught up when the means are there
         rate = (state.step - self.lap_step) * self.options["batch"] / max(1e-9, now - self.lap)
         line = {"step": state.step, "loss": means.pop("loss"), "lr": lr, "grad_norm": means.pop("grad_norm")}
-        line |= {"items_per_s": round(rate, 3), "wall_s": round(self.wall + now - self.began, 3), **means}
+        line |= {"items_per_s": round(rate, 3), "wall_s": round(self._wall(), 3), **means}
         if self.logs is not None:
             self.logs.step(line)
         self.lap, self.lap_step = time.monotonic(), state.step
@@ -263,7 +281,7 @@ class Trainer:
             )
 
     def _look(self, step: int) -> None:
-        picture = step % self.options["preview_every"] == 0 or step == self.options["steps"]
+        picture = step % self.options["preview_every"] == 0 or self._done()
         if self.logs is None or not (picture or step % self.options["save_every"] == 0):
             return
         began = time.monotonic()
@@ -282,7 +300,7 @@ class Trainer:
             record = {
                 "facts": self.parts.facts,
                 "adapter": self.config["adapter"],
-                "wall_s": self.wall + began - self.began,
+                "wall_s": self._wall(),
                 "epoch": state.step * self.stream.batch // self.stream.n,
                 "items": state.step * self.stream.batch,
                 "parameters": parameter_count(self.parts.denoiser),
@@ -302,7 +320,7 @@ class Trainer:
         )
 
     def _farewell(self, signal: int | None) -> None:
-        if self.logs is not None and signal is not None and self.state.step < self.options["steps"]:
+        if self.logs is not None and signal is not None and not self._done():
             self.logs.progress.say(
                 f"interrupted by signal {signal} after step {self.state.step}, saved; the same command goes on from here"
             )

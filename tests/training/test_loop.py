@@ -252,6 +252,54 @@ def test_only_the_free_keys_may_change(tmp_path: Path) -> None:
     assert "trainer" not in str(error.value) and "\n" not in str(error.value)
 
 
+class Clock:
+    """Stands in for the clock of the trainer: every batch takes a second, and nothing else takes time."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def train(self, folder: Path, stop: int = -1, **changes: Any) -> Any:
+        config = toy.config(trainer__accumulate=1, optim__decay="linear", optim__warmup=0, **changes)
+
+        def tick(call: int) -> None:
+            self.now += 1.0
+            if call == stop - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return fit(watched(config, tick), config, folder, quiet=True)
+
+
+def test_a_time_budget_ends_the_run_and_its_decay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("polydiff.core.training.trainer.time", clock)
+    result = clock.train(tmp_path / "run", trainer__steps=10_000, trainer__seconds=20)
+    assert (result.step, result.finished, result.exit_code, result.timed_out) == (20, True, 0, True)
+    rates = [line["lr"] for line in toy.lines(tmp_path / "run")]
+    np.testing.assert_allclose(rates, 1e-3 * (1 - np.arange(20) / 20), rtol=1e-12)
+    assert (tmp_path / "run/previews/step-00000020.png").exists()
+    again = clock.train(tmp_path / "run", trainer__steps=10_000, trainer__seconds=20)
+    assert (again.step, again.started, again.finished) == (20, 20, True)
+    longer = clock.train(tmp_path / "run", trainer__steps=10_000, trainer__seconds=25.5)
+    assert (longer.started, longer.step) == (20, 26)
+    steps = clock.train(tmp_path / "steps", trainer__steps=12, trainer__seconds=20)
+    assert (steps.step, steps.finished, steps.timed_out) == (12, True, False)
+
+
+def test_the_time_before_an_interruption_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("polydiff.core.training.trainer.time", clock)
+    first = clock.train(tmp_path / "run", stop=7, trainer__steps=10_000, trainer__seconds=20)
+    assert (first.step, first.finished, first.exit_code) == (7, False, EXIT_INTERRUPTED)
+    clock.now += 1000.0  # nobody trains meanwhile
+    second = clock.train(tmp_path / "run", trainer__steps=10_000, trainer__seconds=20)
+    assert (second.started, second.step, second.finished) == (7, 20, True)
+    rates = [line["lr"] for line in toy.lines(tmp_path / "run")]
+    np.testing.assert_allclose(rates, 1e-3 * (1 - np.arange(20) / 20), rtol=1e-12)
+
+
 def test_other_data_are_refused_and_the_same_data_elsewhere_are_not(tmp_path: Path) -> None:
     def run(sha256: str, path: str, steps: int) -> None:
         config = toy.config(data__path=path, trainer__steps=steps)
@@ -343,6 +391,8 @@ def test_bf16_trains_like_fp32_with_weights_in_float32(reference: Path, tmp_path
         ({"trainer__steps": 0}, "trainer.steps=0"),
         ({"trainer__batch": -1}, "trainer.batch=-1"),
         ({"trainer__workers": -1}, "trainer.workers=-1"),
+        ({"trainer__seconds": 0}, "trainer.seconds=0 must be"),
+        ({"trainer__seconds": "10 min"}, "trainer.seconds=10 min must be"),
         ({"trainer__device": "tpu"}, "trainer.device"),
         ({"trainer__precision": "fp8"}, "trainer.precision"),
         ({"optim__decay": "cosin"}, "did you mean cosine"),

@@ -118,3 +118,11 @@ def test_learning_rate_in_closed_form() -> None:
     assert at(60, "linear") == pytest.approx(1.0) and at(109, "linear") == pytest.approx(0.02)
     with pytest.raises(ConfigError, match="did you mean cosine"):
         at(0, "cosin")
+
+
+def test_the_decay_follows_the_clock_where_it_is_ahead_of_the_steps() -> None:
+    def at(step: int, spent: float) -> float:
+        return learning_rate(step, 110, lr=2.0, warmup=10, decay="linear", spent=spent)
+
+    assert at(60, 0.2) == at(60, 0.0) == pytest.approx(1.0)
+    assert at(60, 0.75) == pytest.approx(0.5) and at(4, 0.75) == pytest.approx(0.25) and at(20, 1.3) == 0.0

@@ -105,7 +105,7 @@ def config(**changes: Any) -> dict[str, Any]:
             "ema_halflife": 500, "ema_warmup": 0.05,
         },
         "trainer": {
-            "steps": 40, "batch": 8, "accumulate": 2, "clip": 1.0, "precision": "fp32", "compile": False,
+            "steps": 40, "seconds": None, "batch": 8, "accumulate": 2, "clip": 1.0, "precision": "fp32", "compile": False,
             "channels_last": True, "seed": 3, "device": "cpu", "workers": 0, "log_every": 1, "save_every": 10,
             "preview_every": 1000, "keep_last": 3, "max_skipped": 20,
         },
