@@ -9,9 +9,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -65,18 +66,61 @@ class Item:
 class Condition:
     """A condition the network understands.
 
+    =============  ==================================================================================================
+    ``"class"``    an int64 index, whose names are in the data set's facts
+    ``"tensor"``   float32 numbers of ``shape``
+    ``"field"``    float32 (channels, *axes) with the axes of the state, to which a network joins it as further channels
+    ``"setting"``  float32 numbers about how an item was made (its augmentation, its recording), zero where nobody says:
+                   never absent, never dropped, never guided away
+    =============  ==================================================================================================
+
     Args:
-        kind: ``"class"`` (int64 index, names in the data set's facts) or ``"tensor"`` (float32 of ``shape``).
-        shape: shape of one item's value; () for a class.
+        kind: one of these.
+        shape: of one item's value; () for a class. None: the data set decides, and has the condition only if its facts
+            describe it, ``facts["conditions"][name] = {"kind": ..., "shape": [...]}`` with null for the axes of the state.
+        read: ``(path, facts, size) -> value``: what a file of the user's means; raises DataError or ConfigError.
     """
 
     kind: str = "class"
-    shape: tuple[int, ...] = ()
+    shape: tuple[int | None, ...] | None = ()
+    read: Callable[[Path, Mapping[str, Any], Mapping[str, Any]], Tensor] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """int64 for a class, float32 otherwise."""
         return torch.int64 if self.kind == "class" else torch.float32
+
+    def shape_in(self, state: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the value for an item whose state has this shape: axes that the state decides are filled in."""
+        return tuple(state[axis] if size is None else size for axis, size in enumerate(self.shape or ()))
+
+
+def conditions_of(declared: Mapping[str, Condition], facts: Mapping[str, Any]) -> dict[str, Condition]:
+    """Those of the declared conditions that a data set has, with their shapes.
+
+    Args:
+        declared: an adapter's.
+        facts: of the data set: ``classes``, and ``conditions`` for those whose shape it decides.
+
+    Raises:
+        ConfigError: the facts describe another kind of condition, or a shape that is none.
+    """
+    found, described = {}, facts.get("conditions") or {}
+    for name, condition in declared.items():
+        if condition.kind == "class":
+            if name in (facts.get("classes") or {}):
+                found[name] = condition
+        elif condition.shape is not None:
+            found[name] = condition
+        elif name in described:
+            kind, shape = described[name].get("kind"), described[name].get("shape")
+            valid = isinstance(shape, list) and all(n is None or (type(n) is int and n > 0) for n in shape)
+            if kind != condition.kind or not valid:
+                raise ConfigError(
+                    f"condition {name!r}: the data describe {kind} of {shape}, declared is {condition.kind}"
+                )
+            found[name] = replace(condition, shape=tuple(shape))
+    return found
 
 
 class Metric(NamedTuple):
@@ -139,9 +183,17 @@ def collate(items: Sequence[Item], *, mask_axis: int = 1) -> Item:
             for mask, n in zip(masks, lengths, strict=True)
         ]
     x = tree_map(lambda *leaf: torch.stack(leaf), *xs)
-    cond = {name: torch.stack([torch.as_tensor(item.cond[name]) for item in items]) for name in items[0].cond}
+    cond = {name: _stack([torch.as_tensor(item.cond[name]) for item in items]) for name in items[0].cond}
     mask = None if masks[0] is None else torch.stack([m for m in masks if m is not None])
     return Item(x, mask, cond, [item.id for item in items])
+
+
+def _stack(values: Sequence[Tensor]) -> Tensor:
+    """Stack the values of a condition; those that are as long as their items are padded with zeros like them."""
+    for axis in range(values[0].ndim):
+        longest = max(value.shape[axis] for value in values)
+        values = [_pad(value, axis, longest) for value in values]
+    return torch.stack(list(values))
 
 
 def _pad(x: Tensor, axis: int, length: int) -> Tensor:
@@ -161,7 +213,7 @@ class Adapter:
     Args:
         name: the folder's name.
         process: ``(**config.process) -> Process``; usually ``polydiff.core.processes:gaussian``.
-        conditions: the conditions by name.
+        conditions: the conditions by name that a data set of this modality may have; see :func:`conditions_of`.
         shape: ``(size, cond) -> (like, mask)`` for one item, without batch axis; ``size`` is ``facts["size"]`` merged
             with what the user asked for; an impossible size raises ConfigError.
         dataset: ``(path, split, **config.data.options) -> Dataset`` of Items, with ``len``, ``[i]`` and ``.facts``.

@@ -70,6 +70,11 @@ def build(
     missing = [section for section in SECTIONS if section not in config]
     if missing:
         raise ConfigError(f"the configuration has no section {missing[0]!r}")
+    if bool(config["network"].get("variance")) != bool(config["objective"].get("variance")):
+        raise ConfigError(
+            "network.variance=true, a second head for the reverse variance, and objective.variance, the loss that trains "
+            "it, need each other: take objective=hybrid for both, or neither"
+        )
     adapter = adapters.load(config["adapter"])
     process = construct("process", adapter.process, (), config["process"])
     sigma_data = float(facts.get("sigma_data", 1.0))
@@ -85,7 +90,7 @@ def build(
     terms = {
         name: (_entry("loss term", name, adapter.terms), w) for name, w in (wanted.pop("terms", None) or {}).items()
     }
-    conditions = {name: kind for name, kind in adapter.conditions.items() if _has(facts, name, kind.kind)}
+    conditions = adapters.conditions_of(adapter.conditions, facts)
     denoiser = Denoiser(network, process, precondition, sigma_data, conditions)
     objective = construct("objective", Objective, (process,), {**wanted, "terms": terms, "sigma_data": sigma_data})
     return Built(adapter, process, denoiser, objective)
@@ -264,10 +269,6 @@ def _entry(kind: str, name: Any, table: Mapping[str, Any]) -> Any:
     if not isinstance(name, str) or name not in table:
         raise unknown(kind, name, table)
     return table[name]
-
-
-def _has(facts: Mapping[str, Any], name: str, kind: str) -> bool:
-    return kind != "class" or name in (facts.get("classes") or {})
 
 
 def _walk(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

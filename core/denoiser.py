@@ -100,17 +100,21 @@ class Prediction:
         x_t: the state (b, *dims).
         t: its time, float64, () or (b,).
         x0, eps, score, v, velocity: exactly one of them, shaped like ``x_t``.
+        variance: what the second head of a network says of the reverse variance, shaped like ``x_t``; 0 stands for its
+            lower choice and 1 for its upper one, see ``polydiff.core.variational``. None without such a head.
 
     Attributes:
         given: name of the field it was built from.
     """
 
-    __slots__ = ("given", "process", "t", "value", "x_t")
+    __slots__ = ("given", "process", "t", "value", "variance", "x_t")
 
-    def __init__(self, process: GaussianProcess, x_t: Tensor, t: Tensor, **field: Tensor) -> None:
+    def __init__(
+        self, process: GaussianProcess, x_t: Tensor, t: Tensor, *, variance: Tensor | None = None, **field: Tensor
+    ) -> None:
         if len(field) != 1 or next(iter(field)) not in FIELDS:
             raise ConfigError(f"a Prediction is built from exactly one of {', '.join(FIELDS)}; got {sorted(field)}")
-        self.process, self.x_t, self.t = process, x_t, t
+        self.process, self.x_t, self.t, self.variance = process, x_t, t, variance
         ((self.given, self.value),) = field.items()
 
     def field(self, wanted: str) -> Tensor:
@@ -132,8 +136,24 @@ class Prediction:
     velocity = property(lambda self: self.field("velocity"), doc="Velocity of the probability flow.")
 
     def replace(self, value: Tensor, field: str | None = None) -> Prediction:
-        """The same state and time with another value of a field (default: the one given)."""
-        return Prediction(self.process, self.x_t, self.t, **{field or self.given: value})
+        """The same state, time and variance with another value of a field (default: the one given)."""
+        return Prediction(self.process, self.x_t, self.t, variance=self.variance, **{field or self.given: value})
+
+    @property
+    def fraction(self) -> Tensor:
+        """``variance`` where a solver or a loss cannot do without.
+
+        Raises:
+            ConfigError: there is none, or the process is mean-free.
+        """
+        if self.variance is None:
+            raise ConfigError(
+                "a learned reverse variance needs a network with a second head: train with objective=hybrid (which sets "
+                "network.variance=true), or take the solver ddpm"
+            )
+        if getattr(self.process, "mean_free", False):
+            raise ConfigError("a variance for each element would break the symmetry of a mean-free process: take none")
+        return self.variance
 
 
 Denoise = Callable[[Tensor, Tensor], Any]
@@ -185,15 +205,32 @@ def _scalar_preconditioning(name: str, schedule: Schedule, t: float, sigma_data:
     return tuple(float(c) for c in preconditioning(name, schedule, as_time(t), sigma_data))
 
 
+def _heads(output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A network's output like x_t, and the fraction v of the reverse variance where it has twice the channels."""
+    if output.shape == x_t.shape:
+        return output, None
+    if output.ndim == x_t.ndim:
+        axes = [axis for axis, (m, n) in enumerate(zip(output.shape, x_t.shape, strict=True)) if m != n]
+        if len(axes) == 1 and output.shape[axes[0]] == 2 * x_t.shape[axes[0]]:
+            output, head = output.chunk(2, dim=axes[0])
+            return output, 0.5 * (head + 1)
+    raise ConfigError(
+        f"the network made {tuple(output.shape)} of a state {tuple(x_t.shape)}: it must keep that shape, or double its "
+        "channels for a second head"
+    )
+
+
 class Denoiser(nn.Module):
     """A network with its preconditioning: (x_t, t, mask, cond) -> Prediction.
 
     Args:
-        network: ``(x_t, c_noise, mask, cond, present) -> tensor like x_t``.
+        network: ``(x_t, c_noise, mask, cond, present) -> tensor like x_t``, or twice as long along one axis (its channels):
+            then the second half is a head for the reverse variance, (1 + head)/2 its fraction (Nichol 2021, eq. 15).
         process: the Gaussian process it denoises.
         precondition: one of ``PRECONDITIONS``.
         sigma_data: standard deviation of the normalised data.
-        conditions: the declared conditions by name; each that is not given is passed as zeros with ``present`` false.
+        conditions: the declared conditions by name; each that is not given is passed as zeros with ``present`` false,
+            a setting with ``present`` true, whatever is asked.
     """
 
     def __init__(
@@ -232,16 +269,17 @@ class Denoiser(nn.Module):
             present: which items use a condition, bool (b,); default: all items of each condition in ``cond``.
 
         Raises:
-            ConfigError: a condition that was not declared.
+            ConfigError: a condition that was not declared, or an output of the network that fits no state.
         """
         t = as_time(t)
         c_skip, c_out, c_in, c_noise = self._coefficients(t, x_t)
         cond, present = self._complete(cond or {}, present or {}, x_t)
         output = self.network(c_in * x_t, c_noise, mask, cond, present).to(x_t.dtype)
+        output, variance = _heads(output, x_t)
         output = self.process.project(output, mask, cond.get("fixed"))
         if self.precondition == "edm":
-            return Prediction(self.process, x_t, t, x0=c_skip * x_t + c_out * output)
-        return Prediction(self.process, x_t, t, **{self.precondition: c_out * output})
+            return Prediction(self.process, x_t, t, variance=variance, x0=c_skip * x_t + c_out * output)
+        return Prediction(self.process, x_t, t, variance=variance, **{self.precondition: c_out * output})
 
     def _coefficients(self, t: Tensor, x_t: Tensor) -> tuple[Any, Any, Any, Tensor]:
         """c_skip, c_out and c_in as factors of x_t, and c_noise (b,)."""
@@ -262,17 +300,21 @@ class Denoiser(nn.Module):
         b, device = x_t.shape[0], x_t.device
         full, there = {}, {}
         for name, condition in self.conditions.items():
+            if condition.kind == "setting" or (name in cond and name not in present):
+                there[name] = torch.ones(b, dtype=torch.bool, device=device)
+            elif name in cond:
+                there[name] = present[name]
+            else:
+                there[name] = torch.zeros(b, dtype=torch.bool, device=device)
             if name in cond:
                 full[name] = cond[name]
-                there[name] = present.get(name, torch.ones(b, dtype=torch.bool, device=device))
             else:
-                shape, dtype = condition.shape, condition.dtype
+                shape, dtype = condition.shape_in(x_t.shape[1:]), condition.dtype
                 if name == "x0_hat":
                     shape, dtype = tuple(x_t.shape[1:]), x_t.dtype
                 elif name == "fixed":
                     shape, dtype = (x_t.shape[self.process.mask_axis],), torch.bool
                 full[name] = torch.zeros((b, *shape), dtype=dtype, device=device)
-                there[name] = torch.zeros(b, dtype=torch.bool, device=device)
         return full, there
 
     def bind(self, mask: Tensor | None = None, cond: Mapping[str, Tensor] | None = None) -> Denoise:

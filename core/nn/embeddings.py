@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +46,22 @@ class FourierFeatures(nn.Module):
         return math.sqrt(2) * torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
+def condition_specs(facts: Mapping[str, Any]) -> dict[str, ConditionSpec]:
+    """What a network is told by the conditions of a data set: their ``conditions`` argument.
+
+    Args:
+        facts: of the data set: ``classes``, names by condition, and ``conditions``, kind and shape by condition; see
+            ``polydiff.core.adapter.Condition``.
+    """
+    specs: dict[str, ConditionSpec] = {name: len(classes) for name, classes in facts["classes"].items()}
+    for name, described in (facts.get("conditions") or {}).items():
+        kind, shape = described["kind"], described["shape"]
+        specs[name] = kind, shape[0] if kind == "field" else math.prod(shape)
+    return specs
+
+
 def parse_condition(spec: object, name: str) -> tuple[str, int]:
-    """Read the declaration of a condition: ``("class", number)``, ``("tensor", size)`` or ``("field", channels)``.
+    """Read the declaration of a condition: ``("class", number)``, ``("tensor" | "setting", size)`` or ``("field", channels)``.
 
     A bare number means a class. Raises ConfigError for anything else.
     """
@@ -55,33 +70,40 @@ def parse_condition(spec: object, name: str) -> tuple[str, int]:
             pass
         case int(size) if size >= 1:
             return "class", size
-        case [("class" | "tensor" | "field") as kind, int(size)] if size >= 1:
+        case [("class" | "tensor" | "field" | "setting") as kind, int(size)] if size >= 1:
             return kind, size
     raise ConfigError(
-        f"condition {name!r}: {spec!r} is none of a number of classes, ('tensor', size) and ('field', channels)"
+        f"condition {name!r}: {spec!r} is none of a number of classes, ('tensor', size), ('setting', size) and ('field', channels)"
     )
 
 
 class ConditionEmbedding(nn.Module):
     """One condition as a vector, with a learned vector for its absence.
 
+    A setting is never absent, and zero adds nothing: it has neither that vector nor a bias.
+
     Args:
-        kind: ``"class"`` or ``"tensor"``.
+        kind: ``"class"``, ``"tensor"`` or ``"setting"``.
         size: number of classes, or of numbers in the value (its axes are flattened).
         width: width of the vector.
     """
 
     def __init__(self, kind: str, size: int, width: int) -> None:
         super().__init__()
+        self.kind = kind
+        if kind == "setting":
+            self.embed: nn.Module = nn.Linear(size, width, bias=False)
+            return
         self.null = nn.Parameter(torch.zeros(width))
-        self.is_class = kind == "class"
         perceptron = (nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width))
-        self.embed = nn.Embedding(size, width) if self.is_class else nn.Sequential(*perceptron)
+        self.embed = nn.Embedding(size, width) if kind == "class" else nn.Sequential(*perceptron)
 
     def forward(self, value: Tensor, present: Tensor) -> Tensor:
         """Embed ``value``, (b,) int64 for a class, else (b, ...) float; where ``present`` (b,) is False it is not read."""
+        if isinstance(self.embed, nn.Linear):
+            return self.embed(value.flatten(1).to(self.embed.weight.dtype))
         # Cleared before it is embedded, not after: a NaN in an absent value would reach the weights' gradient.
-        if self.is_class:
+        if self.kind == "class":
             value = torch.where(present, value, 0)
         else:
             value = torch.where(present[:, None], value.flatten(1), 0).to(self.null.dtype)
@@ -117,7 +139,7 @@ class Embedding(nn.Module):
 
     Args:
         width: width of the vector.
-        conditions: by name, a number of classes or ``("tensor", size)``.
+        conditions: by name, a number of classes, ``("tensor", size)`` or ``("setting", size)``.
         features: number of Fourier features of the noise level.
     Source:
         Karras et al. 2022 (EDM), DDPM++ column of table 7: conditions are added before the perceptron.
@@ -156,6 +178,6 @@ class Embedding(nn.Module):
             if name in cond:
                 everywhere = torch.ones_like(c_noise, dtype=torch.bool)
                 vector = vector + embed(cond[name], present.get(name, everywhere))
-            else:
+            elif embed.kind != "setting":
                 vector = vector + embed.null
         return F.silu(self.mix(F.silu(vector)))

@@ -148,8 +148,8 @@ class UNet(nn.Module):
         head_channels: channels of an attention head.
         dropout: probability of dropping an activation inside a block.
         embedding: width of the vector of noise level and conditions; default ``4 * channels``.
-        conditions: by name, a number of classes, ``("tensor", size)`` for a vector, or ``("field", c)`` for a field of the
-            input's size that is joined to it as further channels.
+        conditions: by name, a number of classes, ``("tensor", size)`` for a vector, ``("setting", size)`` for one that is
+            never absent, or ``("field", c)`` for a field of the input's size that is joined to it as further channels.
     Raises:
         ConfigError: an argument that does not fit the others.
     Source:
