@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from polydiff.core.adapter import Condition
-from polydiff.core.errors import ConfigError, unknown
+from polydiff.core.errors import ConfigError, PolydiffError, unknown
 from polydiff.core.grids import GRIDS
 from polydiff.core.solvers.names import NAMES
 from polydiff.core.tree import State, leaves
@@ -67,21 +69,41 @@ def sampling_settings(
     return chosen
 
 
-def conditions(
-    declared: Mapping[str, Condition], classes: Mapping[str, Sequence[object]], cond: Mapping[str, Any], n: int
-) -> list[dict[str, Tensor]]:
+@dataclass(frozen=True)
+class Asked:
+    """What a caller asks of one item.
+
+    Args:
+        cond: values by name.
+        files: by name, the files that values were read from.
+    """
+
+    cond: dict[str, Tensor] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def asked(
+    declared: Mapping[str, Condition],
+    cond: Mapping[str, Any],
+    n: int,
+    facts: Mapping[str, Any],
+    size: Mapping[str, Any] | None = None,
+) -> list[Asked]:
     """Conditions of n items.
 
     Args:
         declared: the conditions there are.
-        classes: names of the classes of each class condition.
-        cond: by name: one value for all, a list that cycles over the items, None for without. A class is its index or name.
+        cond: by name: one value for all, a list that cycles over the items, None for without. A class is its index or
+            name; a condition that can be read from files also takes a path, and a folder for all that it holds.
         n: number of items.
+        facts: of the data set: names of the classes, and whatever readers of files look at.
+        size: of the items, for readers of files.
 
     Raises:
         ConfigError: an unknown condition, or a value it does not have; the message lists the valid ones.
+        DataError: a file that cannot be read.
     """
-    values: list[dict[str, Tensor]] = [{} for _ in range(n)]
+    items = [Asked() for _ in range(n)]
     for name, value in cond.items():
         if name not in declared:
             raise unknown("condition", name, declared)
@@ -89,12 +111,68 @@ def conditions(
         choices = _as_list(value, condition)
         if not choices:
             raise ConfigError(f"cond.{name}=[] is empty: give at least one value")
-        tensors = [_condition(name, condition, classes.get(name, ()), choice) for choice in choices]
-        for i, item in enumerate(values):
-            tensor = tensors[i % len(tensors)]
-            if tensor is not None:
-                item[name] = tensor
-    return values
+        if condition.read is not None:
+            choices = [entry for choice in choices for entry in _read(name, condition, choice, facts, size or {})]
+        names = (facts.get("classes") or {}).get(name, ())
+        files = [choice.path if isinstance(choice, _File) else "" for choice in choices]
+        values = [choice.value if isinstance(choice, _File) else choice for choice in choices]
+        tensors = [_condition(name, condition, names, entry) for entry in values]
+        for i, item in enumerate(items):
+            k = i % len(tensors)
+            if (tensor := tensors[k]) is not None:
+                item.cond[name] = tensor
+            if files[k]:
+                item.files[name] = files[k]
+    return items
+
+
+class _File(NamedTuple):
+    """A value and the file that it was read from."""
+
+    value: Tensor
+    path: str
+
+
+def _read(
+    name: str, condition: Condition, choice: Any, facts: Mapping[str, Any], size: Mapping[str, Any]
+) -> list[_File] | list[Any]:
+    """The values in a file, or in the files of a folder: those that cannot be read are skipped, counted and named."""
+    if not isinstance(choice, str | Path):
+        return [choice]
+    path, read = Path(choice).expanduser(), cast("Callable[..., Tensor]", condition.read)
+    if path.is_file():
+        return [_File(read(path, facts, size), str(path))]
+    if not path.is_dir():
+        raise ConfigError(f"cond.{name}={choice}: no such file or folder")
+    found, skipped = [], []
+    for file in sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith(".")):
+        try:
+            found.append(_File(read(file, facts, size), str(file)))
+        except PolydiffError as error:
+            skipped.append(f"{file.name} ({str(error).removeprefix(f'{file}: ')})")
+    if not found:
+        why = f"; for one, {skipped[0]}" if skipped else ": it is empty"
+        raise ConfigError(f"cond.{name}={choice}: no file in this folder can be used{why}")
+    if skipped:
+        text = (
+            f"cond.{name}={choice}: skipped {len(skipped)} of {len(found) + len(skipped)} files: {'; '.join(skipped)}"
+        )
+        warnings.warn(text, UserWarning, stacklevel=5)
+    return found
+
+
+def check_fields(declared: Mapping[str, Condition], cond: Mapping[str, Tensor], like: State) -> None:
+    """Refuse fields that have not the axes of the state they are joined to.
+
+    Raises:
+        ConfigError: naming the condition and both sizes.
+    """
+    state = leaves(like)[0].shape
+    for name, value in cond.items():
+        condition = declared[name]
+        if condition.kind != "class" and tuple(value.shape) != condition.shape_in(state):
+            wanted, got = (" x ".join(map(str, shape)) for shape in (condition.shape_in(state), value.shape))
+            raise ConfigError(f"cond.{name} is {got}, samples of this size need {wanted}: change it, or size.<key>")
 
 
 def _condition(name: str, condition: Condition, names: Sequence[object], value: Any) -> Tensor | None:
@@ -105,9 +183,11 @@ def _condition(name: str, condition: Condition, names: Sequence[object], value: 
             tensor = torch.as_tensor(value, dtype=torch.float32)
         except (TypeError, ValueError, RuntimeError):
             tensor = None
-        if tensor is None or tuple(tensor.shape) != condition.shape or not tensor.isfinite().all():
-            shape = " x ".join(map(str, condition.shape)) or "one"
-            raise ConfigError(f"cond.{name}={value} must be {shape} finite number(s), or a list of such")
+        if tensor is None or not _fits(tensor, condition.shape or ()) or not tensor.isfinite().all():
+            shape = " x ".join("any" if size is None else str(size) for size in condition.shape or ()) or "one"
+            shown = f"a tensor of {' x '.join(map(str, value.shape))}" if isinstance(value, Tensor) else str(value)
+            file = "a file, a folder, or " if condition.read is not None else ""
+            raise ConfigError(f"cond.{name}={_short(shown)} must be {file}{shape} finite number(s), or a list of such")
         return tensor
     classes = [str(entry) for entry in names]
     if isinstance(value, Tensor):
@@ -144,11 +224,21 @@ def _is_interval(value: Any) -> bool:
     return numbers and len(value) == 2 and value[0] < value[1]
 
 
+def _fits(tensor: Tensor, shape: Sequence[int | None]) -> bool:
+    return tensor.ndim == len(shape) and all(n in (None, own) for n, own in zip(shape, tensor.shape, strict=True))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _as_list(value: Any, condition: Condition) -> list[Any]:
     if condition.kind == "class":
         return list(value) if isinstance(value, list | tuple | range) or getattr(value, "ndim", 0) == 1 else [value]
+    if isinstance(value, list | tuple) and any(isinstance(entry, str | Path | Tensor | None) for entry in value):
+        return list(value)
     try:
-        is_list = value is not None and torch.as_tensor(value).ndim == len(condition.shape) + 1
+        is_list = value is not None and torch.as_tensor(value).ndim == len(condition.shape or ()) + 1
     except (TypeError, ValueError, RuntimeError):  # no numbers, or rows of different lengths: _condition says so
         is_list = False
     return list(value) if is_list else [value]

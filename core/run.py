@@ -15,7 +15,7 @@ from polydiff.core.denoiser import Denoise, Denoiser
 from polydiff.core.errors import CheckpointError, ConfigError, unknown
 from polydiff.core.guidance import cfg
 from polydiff.core.noise import Noise
-from polydiff.core.request import Settings, conditions, positive, sampling_settings
+from polydiff.core.request import Asked, Settings, asked, check_fields, positive, sampling_settings
 from polydiff.core.sampling import sample
 from polydiff.core.training import checkpoint as checkpoints
 from polydiff.core.training.state import load_weights
@@ -109,7 +109,8 @@ class Run:
 
         Args:
             n: how many.
-            cond: conditions by name: a class as index or name, a list that cycles over the items, None for without.
+            cond: conditions by name: a class as index or name, a tensor, a file, or a folder of files where the adapter
+                reads them; a list that cycles over the items; None for without.
             size: changes to the size that training had, e.g. ``{"height": 16}``.
             solver, steps, grid, guidance: default to the run's ``sampling`` section.
             seed: of all draws.
@@ -127,17 +128,20 @@ class Run:
         settings = self.settings(solver, grid, steps, guidance)
         width = batch if deterministic_batch is None else deterministic_batch
         positive(**{"n": n, "batch" if deterministic_batch is None else "deterministic_batch": width})
-        values = self.conditions(cond or {}, n)
-        if guidance is not None and guidance != 1 and not any(values):
-            names = ", ".join(f"cond.{name}=..." for name in self.denoiser.conditions) or "(this model has none)"
-            raise ConfigError(f"guidance={guidance} needs a condition to guide towards: {names}")
+        wanted = self._asked(cond or {}, n, size or {})
+        values = [item.cond for item in wanted]
+        if guidance is not None and guidance != 1 and not any(value.keys() - self._settings for value in values):
+            able = [f"cond.{name}=..." for name in self.denoiser.conditions if name not in self._settings]
+            raise ConfigError(
+                f"guidance={guidance} needs a condition to guide towards: {', '.join(able) or '(this model has none)'}"
+            )
         blanks = [self._blank(size or {}, value) for value in values]
         items: dict[int, Item] = {}
         for indices in _chunks([frozenset(value) for value in values], width):
             padded = indices + indices[-1:] * (0 if deterministic_batch is None else width - len(indices))
             x, frames = self._draw([blanks[i] for i in padded], padded, settings, seed, trajectory)
             for row, i in enumerate(indices):
-                like, meta = blanks[i].x, {}
+                like, meta = blanks[i].x, {"files": wanted[i].files} if wanted[i].files else {}
                 if frames:
                     own = [_cut(frame, row, like) for frame in frames]
                     meta["trajectory"] = tree_map(lambda *leaf: torch.stack(leaf), *own)
@@ -146,7 +150,7 @@ class Run:
 
     def conditions(self, cond: Mapping[str, Any], n: int) -> list[dict[str, Tensor]]:
         """Conditions of n items; see :meth:`sample` for what ``cond`` may hold."""
-        return conditions(self.denoiser.conditions, self.facts.get("classes") or {}, cond, n)
+        return [item.cond for item in self._asked(cond, n, {})]
 
     def dataset(self, split: str, path: str | Path | None = None) -> Any:
         """The data set this run was trained on, one split of it.
@@ -157,12 +161,22 @@ class Run:
         """
         return open_data(self.config, split, None if path is None else Path(path))
 
+    @property
+    def _settings(self) -> set[str]:
+        """Conditions that are never absent, so that there is nothing to guide towards."""
+        return {name for name, condition in self.denoiser.conditions.items() if condition.kind == "setting"}
+
+    def _asked(self, cond: Mapping[str, Any], n: int, size: Mapping[str, Any]) -> list[Asked]:
+        own = {**(self.facts.get("size") or {}), **size}
+        return asked(self.denoiser.conditions, cond, n, self.facts, own)
+
     def _blank(self, size: Mapping[str, Any], cond: dict[str, Tensor]) -> Item:
         own = self.facts.get("size") or {}
         for name in size:
             if name not in own:
                 raise unknown("size", f"size.{name}", [f"size.{key}" for key in own])
         like, mask = self.adapter.shape({**own, **size}, cond)
+        check_fields(self.denoiser.conditions, cond, like)
         return Item(like, mask, cond)
 
     def _draw(
@@ -197,7 +211,8 @@ class Run:
         conditional = self.denoiser.bind(mask, cond)
         if settings.guidance == 1 or not cond:
             return conditional
-        return cfg(conditional, self.denoiser.bind(mask), settings.guidance, settings.interval)
+        kept = {name: cond[name] for name in cond.keys() & self._settings}
+        return cfg(conditional, self.denoiser.bind(mask, kept), settings.guidance, settings.interval)
 
 
 def check_folder(path: Path) -> Path:

@@ -5,14 +5,15 @@ import torch
 
 from polydiff.core.adapter import Condition
 from polydiff.core.errors import ConfigError
-from polydiff.core.request import conditions, enough, positive, sampling_settings
+from polydiff.core.request import asked as ask
+from polydiff.core.request import enough, positive, sampling_settings
 
 DECLARED = {"label": Condition("class"), "place": Condition("tensor", (2,)), "size": Condition("tensor")}
-CLASSES = {"label": [7, 8, 9]}
+FACTS = {"classes": {"label": [7, 8, 9]}}
 
 
 def asked(n: int = 3, **cond: Any) -> list[dict[str, Any]]:
-    return [{name: value.tolist() for name, value in item.items()} for item in conditions(DECLARED, CLASSES, cond, n)]
+    return [{name: value.tolist() for name, value in item.cond.items()} for item in ask(DECLARED, cond, n, FACTS)]
 
 
 def test_numbers_and_arrays_are_for_all_items_or_cycle() -> None:
@@ -20,7 +21,9 @@ def test_numbers_and_arrays_are_for_all_items_or_cycle() -> None:
     assert asked(place=[[1, 2], [3, 4]]) == [{"place": [1, 2]}, {"place": [3, 4]}, {"place": [1, 2]}]
     assert asked(place=torch.eye(2), size=[1.0, 2.0, 3.0])[1] == {"place": [0, 1], "size": 2}
     assert asked(place=None) == [{}, {}, {}]
-    assert conditions(DECLARED, CLASSES, {"place": [1, 2]}, 1)[0]["place"].dtype == torch.float32
+    assert asked(place=[[1, 2], None]) == [{"place": [1, 2]}, {}, {"place": [1, 2]}]
+    assert asked(place=[torch.ones(2), torch.zeros(2)])[1] == {"place": [0, 0]}
+    assert ask(DECLARED, {"place": [1, 2]}, 1, FACTS)[0].cond["place"].dtype == torch.float32
 
 
 def test_names_of_classes_that_look_like_numbers_are_told_from_indices() -> None:
@@ -29,7 +32,7 @@ def test_names_of_classes_that_look_like_numbers_are_told_from_indices() -> None
         asked(label=7)
 
 
-@pytest.mark.parametrize("value", [[1, 2, 3], [[1, 2], [3]], "here", 5, {"x": 1}, [1, float("nan")], [[1, 2], None]])
+@pytest.mark.parametrize("value", [[1, 2, 3], [[1, 2], [3]], "here", 5, {"x": 1}, [1, float("nan")], ["here", [1, 2]]])
 def test_a_value_of_another_shape_is_named(value: Any) -> None:
     with pytest.raises(ConfigError, match=r"cond\.place=.* must be 2 finite number\(s\)"):
         asked(place=value)
