@@ -1,4 +1,4 @@
-"""The U-Net of the core with two axes."""
+"""The networks of the core with two axes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from polydiff.core.nn.dit import DiT
 from polydiff.core.nn.unet import UNet
 
 
@@ -19,3 +20,14 @@ def unet(facts: Mapping[str, Any], **options: Any) -> nn.Module:
     """
     conditions = {name: len(classes) for name, classes in facts["classes"].items()}
     return UNet(axes=2, in_channels=facts["size"]["channels"], conditions=conditions, **options)
+
+
+def dit(facts: Mapping[str, Any], **options: Any) -> nn.Module:
+    """A diffusion transformer for the images of a data set, conditional as the U-Net is.
+
+    Args:
+        facts: of the data set: ``size.channels`` and ``classes``.
+        options: of ``polydiff.core.nn.dit.DiT``.
+    """
+    conditions = {name: len(classes) for name, classes in facts["classes"].items()}
+    return DiT(axes=2, in_channels=facts["size"]["channels"], conditions=conditions, **options)
