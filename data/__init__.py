@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
@@ -19,11 +21,13 @@ from polydiff.core.adapter import load as load_adapter
 from polydiff.core.errors import ConfigError, DataError, unknown
 from polydiff.core.tree import leaves
 from polydiff.data import h5
+from polydiff.data.fetch import fetch
 from polydiff.data.table import Table
 
-__all__ = ["Entry", "Table", "catalogue", "folder", "locate", "prepare"]
+__all__ = ["Entry", "Table", "catalogue", "folder", "locate", "prepare", "recipe_options", "skipped_list"]
 
 GROUP = "polydiff.data"
+PIECE_BYTES = 2**22  # of raw items that are encoded at once; in float64 they take eight times as much
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +36,12 @@ class Entry:
 
     Args:
         modality: the adapter that reads it.
-        recipe: ``module:function``, called as ``(name, source) -> Table`` with the path the user gave, or None.
+        recipe: ``module:function``, called as ``(name, source, **options) -> Table`` with the path the user gave or the
+            folder that ``urls`` were downloaded to, None for an embedded set; its keyword arguments are its options.
         about: one line for ``polydiff list``.
         embedded: it comes with the installation and is prepared at first use, without a download.
-        urls: where its files are.
+        urls: where its files are; none for a set whose files only the user has.
+        digests: ``md5:...`` or ``sha256:...`` of each of these files.
         sha256: digest of the source that the recipe reports; a differing one is an error.
         licence: terms of the source.
         citation: whom to cite.
@@ -46,6 +52,7 @@ class Entry:
     about: str
     embedded: bool = False
     urls: tuple[str, ...] = ()
+    digests: tuple[str, ...] = ()
     sha256: str = ""
     licence: str = ""
     citation: str = ""
@@ -57,8 +64,12 @@ def catalogue() -> dict[str, Entry]:
     import yaml
 
     lines = yaml.safe_load(Path(__file__).with_name("catalog.yaml").read_text(encoding="utf-8"))
-    own = {name: Entry(**{**line, "urls": tuple(line.get("urls", ()))}) for name, line in lines.items()}
+    own = {name: Entry(**{key: _frozen(value) for key, value in line.items()}) for name, line in lines.items()}
     return {**own, **{name: entry for name, entry in _installed().items() if name not in own}}
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _installed() -> dict[str, Entry]:
@@ -109,31 +120,57 @@ def locate(name: str, prepare_embedded: bool = True) -> Path:
     raise DataError(f"data set {name!r} is not prepared ({path} is missing); run: polydiff data {name}")
 
 
+def recipe_options(dataset: str) -> dict[str, Any]:
+    """The options of a data set's recipe, with their defaults.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if dataset not in catalogue():
+        raise unknown("data set", dataset, catalogue())
+    arguments = list(inspect.signature(Lazy(catalogue()[dataset].recipe).load()).parameters.values())
+    return {argument.name: argument.default for argument in arguments[2:]}
+
+
 def prepare(
-    name: str,
+    dataset: str,
     source: str | Path | None = None,
     encode: Callable[[Any], Any] | None = None,
     folder: str | Path | None = None,
+    name: str | None = None,
+    **options: Any,
 ) -> Path:
     """Make the file of a data set of the catalogue, atomically.
 
+    What the recipe had to skip stands in ``<name>.skipped.txt`` beside the file, a line ``name: reason`` each.
+
     Args:
-        name: a name of the catalogue.
-        source: where the public files are, in their own layout; None for embedded sets.
+        dataset: a name of the catalogue.
+        source: where the public files are, in their own layout; None for embedded sets, and to download the files.
         encode: the codec's ``encode``, by which sigma_data is measured; by default that of the set's adapter.
         folder: where to put ``<name>.h5``; by default ``folder()``.
+        name: what to call it; by default ``dataset``. So several folders of pictures become several data sets.
+        options: of the recipe, see ``recipe_options``.
     Returns:
         The file.
     Raises:
-        ConfigError: unknown name, or a source for an embedded set.
+        ConfigError: unknown name or option, or a source for an embedded set.
         DataError: the source is missing or not what it should be, or the file cannot be written.
     """
-    if name not in catalogue():
-        raise unknown("data set", name, catalogue())
-    entry = catalogue()[name]
+    valid = recipe_options(dataset)
+    for key in options:
+        if key not in valid:
+            raise unknown(f"option of data set {dataset!r}", key, valid)
+    entry, name = catalogue()[dataset], name or dataset
+    _check_name(name, dataset)
+    target = Path(folder) if folder else _folder()
     if entry.embedded and source is not None:
-        raise ConfigError(f"data set {name!r} is embedded: leave out source={source}")
-    table = Lazy(entry.recipe)(name, None if source is None else Path(source))
+        raise ConfigError(f"data set {dataset!r} is embedded: leave out source={source}")
+    if not entry.embedded and source is None:
+        if not entry.urls:
+            raise ConfigError(f"data set {dataset!r} is made of files of yours: give their folder as source=PATH")
+        source = fetch(dataset, entry.urls, target / "downloads" / dataset, entry.digests)
+    table = Lazy(entry.recipe)(name, None if source is None else Path(source).expanduser(), **options)
     digest = table.attributes.get("sha256_of_source", "")
     if entry.sha256 and digest != entry.sha256:
         raise DataError(f"data set {name!r}: the source has digest {digest}, expected {entry.sha256}; get it again")
@@ -144,12 +181,37 @@ def prepare(
         "modality": entry.modality,
         "licence": entry.licence,
         "source": " ".join(entry.urls),
+        "complete": [len(table), len(table)],
     }
     # An encoding with several leaves (a product of geometries) has no single scale: its recipe states sigma_data itself.
     if "sigma_data" not in table.attributes:
         common["sigma_data"] = measure_sigma_data(table, encode)
-    table = replace(table, attributes={**common, "complete": [len(table), len(table)], **table.attributes})
-    return h5.write((Path(folder) if folder else _folder()) / f"{name}.h5", table)
+    path = h5.write(target / f"{name}.h5", replace(table, attributes={**common, **table.attributes}))
+    _list_skipped(path, table.skipped)
+    return path
+
+
+def skipped_list(path: Path) -> Path:
+    """Where the list of what was skipped for a prepared file stands, if anything was."""
+    return path.with_suffix(".skipped.txt")
+
+
+def _list_skipped(path: Path, skipped: Sequence[tuple[str, str]]) -> None:
+    target = skipped_list(path)
+    try:
+        if skipped:
+            target.write_text("".join(f"{name}: {reason}\n" for name, reason in skipped), encoding="utf-8")
+        else:
+            target.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write {target}: {error.strerror or error}; free space") from error
+
+
+def _check_name(name: str, dataset: str) -> None:
+    if not re.fullmatch(r"[\w-][\w.-]{0,99}", name):
+        raise ConfigError(f"name={name}: use up to 100 letters, digits, '-', '_' and '.'")
+    if name != dataset and name in catalogue():
+        raise ConfigError(f"name={name}: this is another data set of the catalogue; choose a name of its own")
 
 
 def measure_sigma_data(table: Table, encode: Callable[[Any], Any]) -> float:
@@ -176,7 +238,9 @@ def measure_sigma_data(table: Table, encode: Callable[[Any], Any]) -> float:
 def _pieces(table: Table, rows: np.ndarray) -> Any:
     arrays = dict(table.arrays)
     if table.offsets is None:
-        slices: Any = np.array_split(rows, max(1, len(rows) // 256)) if len(rows) else []
+        item_bytes = max(1, sum(array.nbytes for array in arrays.values()) // len(table))
+        at_once = min(256, max(1, PIECE_BYTES // item_bytes))
+        slices: Any = np.array_split(rows, max(1, len(rows) // at_once)) if len(rows) else []
     else:
         slices = [slice(int(table.offsets[i]), int(table.offsets[i + 1])) for i in rows]
     for part in slices:

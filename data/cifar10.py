@@ -6,6 +6,8 @@ A file is a row of records of 3,073 bytes: the label 0..9, then 1,024 bytes each
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ BATCHES = {**{f"data_batch_{k}.bin": "train" for k in range(1, 6)}, "test_batch.
 RECORDS, SIDE = 10_000, 32
 RECORD = 1 + 3 * SIDE**2
 META = "batches.meta.txt"
+ARCHIVE = "cifar-10-binary.tar.gz"
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -28,19 +31,20 @@ def recipe(name: str, source: Path) -> Table:
 
     Args:
         name: the data set's name.
-        source: the folder ``cifar-10-batches-bin``, or the folder above it.
+        source: the folder ``cifar-10-batches-bin``, the archive ``cifar-10-binary.tar.gz`` (read without unpacking it to
+            the disk), or the folder that holds either.
     Returns:
         ``image`` (N, 32, 32, 3) uint8 RGB, and ``label``; ``id`` is the batch and the place in it.
     Raises:
         DataError: a file is damaged or not what it should be, or there is no training batch.
     """
-    folder = sources.find(name, source, BATCHES)
-    found = {file: folder / file for file in BATCHES if (folder / file).is_file()}
+    place, files = _files(name, source)
+    found = {file: place / file for file in BATCHES if file in files}
     if "train" not in {BATCHES[file] for file in found}:
-        raise DataError(f"{name}: {folder} has no training batch (data_batch_1.bin ... data_batch_5.bin); get it again")
+        raise DataError(f"{name}: {place} has no training batch (data_batch_1.bin ... data_batch_5.bin); get it again")
     images, labels, ids, splits, digest = [], [], [], [], hashlib.sha256()
     for file, path in found.items():
-        content = sources.read(path, RECORDS * RECORD + 1)
+        content = files[file]()
         batch, label = parse(content, path)
         digest.update(content)
         images.append(batch)
@@ -50,7 +54,7 @@ def recipe(name: str, source: Path) -> Table:
     return Table(
         arrays={"image": np.concatenate(images)},
         columns={"id": np.array(ids), "split": np.array(splits), "label": np.concatenate(labels)},
-        names={"label": _names(folder)},
+        names={"label": _names(place / META, files.get(META))},
         attributes={
             "units": "grey level 0..255 of red, green, blue",
             "normalisation": "x / 127.5 - 1",
@@ -79,11 +83,21 @@ def parse(content: bytes, path: Path) -> tuple[np.ndarray, np.ndarray]:
     return records[:, 1:].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1), labels
 
 
-def _names(folder: Path) -> list[str]:
-    path = folder / META
-    if not path.is_file():
+def _files(name: str, source: Path) -> tuple[Path, dict[str, Callable[[], bytes]]]:
+    """Where the files are, and what reads each: from a folder one by one, from an archive all at once."""
+    limits = {META: 4096, **dict.fromkeys(BATCHES, RECORDS * RECORD + 1)}
+    place = source if source.is_file() else sources.find(name, source, [*BATCHES, ARCHIVE])
+    inside = [file for file in limits if (place / file).is_file()]
+    if inside:
+        return place, {file: partial(sources.read, place / file, limits[file]) for file in inside}
+    place = place if source.is_file() else place / ARCHIVE
+    return place, {file: partial(bytes, content) for file, content in sources.members(place, limits).items()}
+
+
+def _names(path: Path, read: Callable[[], bytes] | None) -> list[str]:
+    if read is None:
         return list(NAMES)
-    names = sources.read(path, 4096).decode("utf-8", "replace").split()
+    names = read().decode("utf-8", "replace").split()
     if len(names) != 10 or len({*names}) != 10:
         raise DataError(f"{path}: names {len({*names})} classes, expected 10; get it again")
     return names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -89,16 +90,21 @@ def parse(content: bytes, path: Path, largest: tuple[int, ...]) -> np.ndarray:
     Raises:
         DataError: another magic number or shape, or a length that the header does not give.
     """
-    axes = len(largest)
-    header = np.frombuffer(content[: 4 + 4 * axes], ">u4") if len(content) >= 4 + 4 * axes else ()
-    if not len(header) or header[0] != 0x0800 + axes:
-        found = int.from_bytes(content[:4], "big") if len(content) >= 4 else "too short"
-        raise DataError(f"{path}: not an IDX file of bytes with {axes} axes (magic {found}, expected {0x0800 + axes})")
-    shape = tuple(int(n) for n in header[1:])
-    if shape[1:] != largest[1:] or not 0 < shape[0] <= largest[0]:
-        raise DataError(f"{path}: its header says {shape}, expected at most {largest}")
-    expected, found = math.prod(shape), len(content) - 4 - 4 * axes
+    start = 4 + 4 * len(largest)
+    magic, *shape = [int.from_bytes(content[i : i + 4], "big") for i in range(0, start, 4)]
+    if len(content) < start or magic != 0x0800 + len(largest):
+        raise DataError(
+            f"{path}: not an IDX file of bytes with {len(largest)} axes "
+            f"({len(content)} bytes, magic number {magic}, expected {0x0800 + len(largest)}); get it again"
+        )
+    if tuple(shape[1:]) != largest[1:] or not 0 < shape[0] <= largest[0]:
+        raise DataError(f"{path}: its header says {_times(shape)}, expected at most {_times(largest)}; get it again")
+    expected, found = math.prod(shape), len(content) - start
     if found != expected:
         what = "fewer" if found < expected else "more"
-        raise DataError(f"{path}: its header says {shape}, {expected} bytes, but it holds {what}; get it again")
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+        raise DataError(f"{path}: its header says {_times(shape)}, {expected} bytes, but it holds {what}; get it again")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def _times(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))

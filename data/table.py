@@ -22,6 +22,7 @@ class Table:
         names: class names of an integer column whose values index them.
         offsets: (N+1,) rows at which ragged items start, from 0 to M; None for items of one size.
         attributes: text, numbers or lists of them, e.g. units, licence, source.
+        skipped: name and reason of what the source has and the content has not; not stored with it.
     """
 
     arrays: Mapping[str, Any]
@@ -29,6 +30,7 @@ class Table:
     names: Mapping[str, Sequence[str]] = field(default_factory=dict)
     offsets: Any = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    skipped: Sequence[tuple[str, str]] = ()
 
     def __len__(self) -> int:
         return len(self.columns["id"])

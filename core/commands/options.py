@@ -131,7 +131,7 @@ def explain(kind: type[Any], *examples: str) -> str:
     for entry in declared(kind).values():
         shown = entry.shown + ("=V" if entry.open else "")
         if not entry.open and not entry.positional:
-            shown += "=" + ("..." if entry.default is MISSING else _show(entry.default))
+            shown += "=" + ("..." if entry.default is MISSING else show(entry.default))
         lines.append(f"  {shown:26}{entry.text}")
     text = "options:\n" + "\n".join(lines)
     return text + ("\n\nexamples:\n" + "\n".join(f"  {example}" for example in examples) if examples else "")
@@ -160,5 +160,6 @@ def _typed(entry: Declared, word: str, text: str) -> Any:
     raise ConfigError(f"{word!r}: {entry.name} must be {expected}")
 
 
-def _show(default: Any) -> str:
+def show(default: Any) -> str:
+    """A value as it is written on a command line."""
     return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
