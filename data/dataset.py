@@ -1,11 +1,11 @@
-"""A split of a data set file as a map-style torch data set of Items; small ones are held in memory, encoded."""
+"""A split of a data set file as a map-style torch data set of Items; small ones are held in memory, as they are stored."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -25,8 +25,9 @@ class Stored(Dataset[Item]):
         encode: the codec's: raw array of one item or a batch (a dictionary of them, if there are several) -> State.
         size: what the adapter's ``shape`` takes, for the facts.
         conditions: columns that become conditions, where the file has them with class names; others are left aside.
-        memory_mb: a split that needs less than this once encoded as float32 is held in memory; a larger one, and a
-            ragged one, is read item by item.
+        described: the conditions that do not come from columns, by name, for the facts; see
+            ``polydiff.core.adapter.Condition``.
+        memory_mb: a split of fewer megabytes is held in memory; a larger one, and a ragged one, is read item by item.
     Attributes:
         facts: what a network and a checkpoint need to know of the data, JSON-able.
     Raises:
@@ -42,6 +43,7 @@ class Stored(Dataset[Item]):
         encode: Callable[[Any], State],
         size: Mapping[str, Any],
         conditions: Sequence[str] = ("label",),
+        described: Mapping[str, Mapping[str, Any]] | None = None,
         memory_mb: float = 512.0,
     ):
         if reader.attributes["modality"] != modality:
@@ -56,10 +58,9 @@ class Stored(Dataset[Item]):
         self._ids = [str(name) for name in reader.columns["id"][self._rows]]
         classes = {name: reader.names[name] for name in conditions if name in reader.names}
         self._labels = {name: torch.from_numpy(reader.columns[name][self._rows].astype("int64")) for name in classes}
-        self._x: State | None = None
-        n_bytes = 4 * len(self) * sum(math.prod(shape) for shape in reader.shapes.values())
-        if reader.offsets is None and n_bytes <= memory_mb * 1e6:
-            self._x = encode(_single(reader.block(self._rows)))
+        self._held: dict[str, np.ndarray] | None = None
+        if reader.offsets is None and len(self) * reader.item_bytes <= memory_mb * 1e6:
+            self._held = reader.block(self._rows)
         self.facts: dict[str, Any] = {
             "name": reader.attributes["name"],
             "n": len(self),
@@ -68,21 +69,31 @@ class Stored(Dataset[Item]):
             "size": dict(size),
             "classes": classes,
         }
+        if described:
+            self.facts["conditions"] = {name: dict(entry) for name, entry in described.items()}
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Item:
-        index = range(len(self))[index]
-        x = take(self._x, index) if self._x is not None else self.encode(_single(self.reader.item(self._rows[index])))
-        return Item(x, None, {name: values[index] for name, values in self._labels.items()}, self._ids[index])
+        return Stored.__getitems__(self, [index])[0]
 
     def __iter__(self) -> Iterator[Item]:
         return (self[index] for index in range(len(self)))
 
     def __getitems__(self, indices: Sequence[int]) -> list[Item]:
-        """The items of a batch; a torch DataLoader calls this once instead of once an item."""
-        return [self[index] for index in indices]
+        """The items of a batch, which a torch DataLoader asks for at once; those held in memory are encoded together."""
+        rows = [range(len(self))[index] for index in indices]
+        if self._held is None:
+            states = [self.encode(_single(self.reader.item(self._rows[row]))) for row in rows]
+        else:
+            batch = self.encode(_single({name: values[rows] for name, values in self._held.items()}))
+            states = [take(batch, place) for place in range(len(rows))]
+        labels = {name: values[rows].unbind() for name, values in self._labels.items()}
+        return [
+            Item(state, None, {name: values[place] for name, values in labels.items()}, self._ids[row])
+            for place, (row, state) in enumerate(zip(rows, states, strict=True))
+        ]
 
 
 def _single(arrays: dict[str, Any]) -> Any:

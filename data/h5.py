@@ -72,6 +72,7 @@ class Reader:
         names: class names by column.
         shapes: shape of one item by array name, without N; a ragged one starts with -1.
         offsets: (N+1,) int64, or None for items of one size.
+        item_bytes: of all arrays of one item, on average.
     Raises:
         DataError: missing, truncated, altered, of another format version, or holding anything but plain arrays.
     """
@@ -81,6 +82,7 @@ class Reader:
     names: dict[str, list[str]]
     shapes: dict[str, tuple[int, ...]]
     offsets: np.ndarray | None
+    item_bytes: float
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -191,6 +193,7 @@ class Reader:
         Table(self._arrays, self.columns, self.names, self.offsets).check()
 
         first, longest = ((), 1) if self.offsets is None else ((-1,), int(np.diff(self.offsets).max()))
+        self.item_bytes = sum(array.nbytes for array in self._arrays.values()) / len(self)
         self.shapes = {name: first + array.shape[1:] for name, array in self._arrays.items()}
         for array in self._arrays.values():
             if longest * array.nbytes // array.shape[0] > guard.MAX_ITEM_BYTES:
