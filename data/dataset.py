@@ -76,7 +76,7 @@ class Stored(Dataset[Item]):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Item:
-        return Stored.__getitems__(self, [index])[0]
+        return self.__getitems__([index])[0]
 
     def __iter__(self) -> Iterator[Item]:
         return (self[index] for index in range(len(self)))
