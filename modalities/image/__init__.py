@@ -1,4 +1,4 @@
-"""Images: greyscale or RGB, any height and width, class-conditional."""
+"""Images: greyscale or RGB, any height and width, conditional on a class or on another image."""
 
 from polydiff.core.adapter import Adapter, Condition, lazy
 
@@ -7,7 +7,11 @@ _here = "polydiff.modalities.image"
 ADAPTER = Adapter(
     name="image",
     process=lazy("polydiff.core.processes:gaussian"),
-    conditions={"label": Condition("class")},
+    conditions={
+        "label": Condition("class"),
+        "image": Condition("field", None, read=lazy(f"{_here}.condition:read")),
+        "augment": Condition("setting", None),
+    },
     shape=lazy(f"{_here}.codec:shape"),
     dataset=lazy(f"{_here}.dataset:Images"),
     codec=lazy(f"{_here}.codec:Codec"),

@@ -8,26 +8,25 @@ from typing import Any
 from torch import nn
 
 from polydiff.core.nn.dit import DiT
+from polydiff.core.nn.embeddings import condition_specs
 from polydiff.core.nn.unet import UNet
 
 
 def unet(facts: Mapping[str, Any], **options: Any) -> nn.Module:
-    """A U-Net for the images of a data set, conditional on the class where it has classes.
+    """A U-Net for the images of a data set, told whatever conditions it has.
 
     Args:
-        facts: of the data set: ``size.channels`` and ``classes``.
+        facts: of the data set: ``size.channels``, ``classes`` and ``conditions``.
         options: of ``polydiff.core.nn.unet.UNet``.
     """
-    conditions = {name: len(classes) for name, classes in facts["classes"].items()}
-    return UNet(axes=2, in_channels=facts["size"]["channels"], conditions=conditions, **options)
+    return UNet(axes=2, in_channels=facts["size"]["channels"], conditions=condition_specs(facts), **options)
 
 
 def dit(facts: Mapping[str, Any], **options: Any) -> nn.Module:
     """A diffusion transformer for the images of a data set, conditional as the U-Net is.
 
     Args:
-        facts: of the data set: ``size.channels`` and ``classes``.
+        facts: of the data set: ``size.channels``, ``classes`` and ``conditions``.
         options: of ``polydiff.core.nn.dit.DiT``.
     """
-    conditions = {name: len(classes) for name, classes in facts["classes"].items()}
-    return DiT(axes=2, in_channels=facts["size"]["channels"], conditions=conditions, **options)
+    return DiT(axes=2, in_channels=facts["size"]["channels"], conditions=condition_specs(facts), **options)
