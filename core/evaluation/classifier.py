@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from polydiff.core.errors import DataError
 
-VERSION = 1  # raise it when a change here changes the features: stored classifiers are then trained anew
+VERSION = 2  # raise it when a change here changes the features: stored classifiers are then trained anew
+MEASURED = 10_000  # items, evenly spaced, that tell the scale of the features
+POSITIONS = 256  # of an item after the first convolution, about: it bounds what an item costs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,7 @@ class Settings:
         warp: sd of a random affine map near the identity (rotation, scale, shear), and shift: sd of a translation in
             elements along each axis; both only for data with axes.
         noise: sd of added noise in standard deviations of the data.
+        mirror: turn half of the items round along the last axis; for data whose mirrored items are as real.
     """
 
     label: str = "label"
@@ -40,13 +43,29 @@ class Settings:
     warp: float = 0.12
     shift: float = 0.5
     noise: float = 0.05
+    mirror: bool = False
+
+    @classmethod
+    def suited(cls, shape: Sequence[int], **given: Any) -> Settings:
+        """Settings for items of a shape: more steps for larger ones, in proportion to their side, up to eight times.
+
+        Arrays of 64 positions and smaller ones get 800 steps, 28 x 28 get 2800. What a step costs is bounded: the first
+        convolution leaves at most about ``POSITIONS``.
+
+        Args:
+            shape: of one item, (c,) or (c, *axes).
+            given: settings that are given.
+        """
+        larger = math.sqrt(math.prod(shape[1:]) / 64)
+        return cls(**{"steps": round(cls.steps * min(max(larger, 1.0), 8.0)), **given})
 
 
 class FeatureClassifier(nn.Module):
     """A small classifier for vectors (b, c) or arrays (b, c, *axes) with 1 to 3 axes, all of one size.
 
-    Convolutions halve every axis until none is longer than 4; a linear layer on all positions gives the features,
-    a second one the logits. Vectors get two hidden layers instead.
+    A first convolution brings large items down to about ``POSITIONS``; further ones halve every axis until none is
+    longer than 4; a linear layer on all positions gives the features, a second one the logits. Vectors get two
+    hidden layers instead.
 
     Args:
         shape: of one item, (c,) or (c, *axes).
@@ -70,7 +89,11 @@ class FeatureClassifier(nn.Module):
         width = settings.channels
         if axes:
             conv: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(axes) - 1]
-            layers += [conv(c, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
+            coarse = math.ceil((math.prod(axes) / POSITIONS) ** (1 / len(axes)) - 1e-9)
+            coarse = max(1, min(coarse, min(axes)))
+            layers += [conv(c, width, max(3, 2 * coarse - 1), coarse, max(1, coarse - 1))]
+            layers += [nn.GroupNorm(8, width), nn.SiLU()]
+            axes = [-(-a // coarse) for a in axes]
             while max(axes) > 4:
                 wider = min(2 * width, 4 * settings.channels)
                 stride = tuple(2 if a > 4 else 1 for a in axes)
@@ -138,16 +161,20 @@ def train(x: Tensor, y: Tensor, *, classes: int, seed: int, settings: Settings) 
         optimizer.step()
         schedule.step()
     model.eval()
-    model.scale.copy_(extract(model, x).var(0).mean().sqrt().clamp_min(1e-12))
+    shown = x[:: -(-len(x) // MEASURED)]
+    model.scale.copy_(extract(model, shown).var(0).mean().sqrt().clamp_min(1e-12))
     return model
 
 
 def _warp(x: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:
-    """A random affine map of the axes for each item, values beyond the border repeated."""
+    """A random affine map of the axes for each item, mirrored or not; values beyond the border repeated."""
     axes = x.shape[2:]
     n = len(axes)
     if not n:
         return x
+    if settings.mirror:
+        turned = torch.rand(len(x), generator=generator) < 0.5
+        x = torch.where(turned.view(-1, *[1] * (n + 1)), x.flip(-1), x)
     sd = torch.full((n, n + 1), settings.warp)
     sd[:, n] = 2 * settings.shift / torch.tensor(axes[::-1])  # the grid spans [-1, 1] and names the last axis first
     theta = torch.eye(n, n + 1) + sd * torch.randn(len(x), n, n + 1, generator=generator)

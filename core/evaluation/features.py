@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,21 +46,22 @@ def obtain(
         training: items with a class condition ``settings.label``.
         held_out: items on which the accuracy is measured, if they have the condition; never trained on.
         seed: of initial weights, batches and augmentation.
-        settings: None for the defaults.
+        settings: None for those that suit the items' size, ``Settings.suited``.
     Returns:
         The classifier in eval mode and its facts, those of the ``.json``: accuracy (on the held-out items, None
-        without), seed, settings, data_sha256, weights_sha256, classes, shape, version, n_train, n_held_out.
+        without), seed, settings, data_sha256, weights_sha256, classes, shape, version, n_train, n_held_out, held_out_sha256.
     Raises:
         DataError: no items, items without the label, or items of different shapes.
     """
-    settings = settings or Settings()
-    x, y = stack(training), labels(training, settings.label)
+    x = stack(training)
+    settings = settings or Settings.suited(x.shape[1:])
+    y = labels(training, settings.label)
     if y is None:
         raise DataError(f"a classifier needs the condition {settings.label!r} on every item to learn from")
     classes = int(y.max()) + 1
     identity = {
         "version": VERSION,
-        "data_sha256": _digest(x, y),
+        "data_sha256": digest(x, y),
         "settings": asdict(settings),
         "seed": seed,
         "shape": list(x.shape[1:]),
@@ -73,12 +74,18 @@ def obtain(
     if model is None:
         model = train(x, y, classes=classes, seed=seed, settings=settings)
     weights, truth = _weights(model), labels(held_out, settings.label)
+    fresh = None if truth is None else stack(held_out or ())
+    seen = None if truth is None or fresh is None else digest(fresh, truth)
     info = {
         **identity,
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
-        "accuracy": None if truth is None else _accuracy(model, stack(held_out or ()), truth),
         "n_held_out": len(held_out or ()),
+        "held_out_sha256": seen,
+        "accuracy": None,
     }
+    if fresh is not None and truth is not None:
+        is_known = stored is not None and stored.get("held_out_sha256") == seen
+        info["accuracy"] = stored["accuracy"] if is_known and stored else _accuracy(model, fresh, truth)
     if path and info != stored:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +108,14 @@ def principal(train: Tensor, components: int = 64) -> Callable[[Tensor], Tensor]
     """
     x = train[:: -(-len(train) // 4096)].flatten(1).double()
     mean = x.mean(0)
-    _, values, basis = torch.linalg.svd(x - mean, full_matrices=False)
+    x = x - mean
+    if min(x.shape) > 16 * components:  # then a decomposition of the smaller product is many times faster
+        is_tall = x.shape[0] >= x.shape[1]
+        squares, vectors = torch.linalg.eigh(x.T @ x if is_tall else x @ x.T)
+        values, basis = squares.flip(0)[:components].clamp_min(0).sqrt(), vectors.flip(1)[:, :components].T
+        basis = basis if is_tall else torch.nn.functional.normalize(basis @ x, dim=1)
+    else:
+        _, values, basis = torch.linalg.svd(x, full_matrices=False)
     basis = basis[:components]
     scale = (values[:components].square().mean() / max(len(x) - 1, 1)).sqrt().clamp_min(1e-12)
     return lambda y: (y.flatten(1).double() - mean) @ basis.T / scale
@@ -131,12 +145,53 @@ def labels(items: Sequence[Item] | None, name: str = "label") -> Tensor | None:
     return torch.stack([torch.as_tensor(item.cond[name]) for item in items]).long()
 
 
-def _digest(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
+def digest(*tensors: Tensor) -> str:
+    """SHA-256 of tensors: their types, shapes and numbers."""
+    found = hashlib.sha256()
     for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().numpy().data)
-    return digest.hexdigest()
+        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().numpy().data)
+    return found.hexdigest()
+
+
+def remembered(
+    store: Path | None, name: str, identity: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Tensors that are computed once and then kept in a folder, as ``<name>-<key>.safetensors``.
+
+    A file that cannot be read, or whose tensors are not those that were stored, is computed anew with a warning.
+
+    Args:
+        store: folder, made if missing; None to compute always.
+        name: what they are.
+        identity: everything they depend on, JSON-able; the key is its hash.
+        compute: makes them.
+    """
+    if store is None:
+        return compute()
+    from safetensors import SafetensorError
+    from safetensors.torch import load, save
+
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    path = Path(store) / f"{name}-{key}.safetensors"
+    if path.exists():
+        try:
+            tensors = load(path.read_bytes())
+            stamp = bytes(tensors.pop("stamp").tolist()).decode()
+            if stamp != digest(*(tensors[key] for key in sorted(tensors))):
+                raise ValueError("it is not what was stored")
+            return tensors
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            log.warning("%s is not used (%s): computing it anew", path.name, error)
+    tensors = compute()
+    stamp = digest(*(tensors[key] for key in sorted(tensors)))
+    stamped = {**tensors, "stamp": torch.tensor(list(stamp.encode()), dtype=torch.uint8)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, save({name: value.contiguous() for name, value in stamped.items()}))
+    except OSError as error:
+        log.warning("%s cannot be stored in %s (%s): it is computed again next time", name, store, error)
+    return tensors
 
 
 def _weights(model: nn.Module) -> bytes:

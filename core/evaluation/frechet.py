@@ -11,7 +11,8 @@ from torch import Tensor
 from polydiff.core.errors import DataError
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
-ROWS = 1024  # of a kernel matrix, computed at a time
+MOMENT_ROWS = 8192  # of features in float64 at a time
+BLOCK_ELEMENTS = 4_000_000  # of a kernel matrix, computed at a time: 32 MB in float64
 
 
 class Moments(NamedTuple):
@@ -32,13 +33,13 @@ def moments(features: Tensor) -> Moments:
     """
     if len(features) < 2:
         raise DataError(f"a covariance needs at least 2 items, got {len(features)}: evaluate more samples")
-    x = features.double()
-    if not bool(x.isfinite().all()):
-        bad = int((~x.isfinite()).any(1).nonzero()[0])
+    if not bool(features.isfinite().all()):
+        bad = int((~features.isfinite()).any(1).nonzero()[0])
         raise DataError(f"the features of item {bad} are not finite: look at that sample")
-    mean = x.mean(0)
-    centred = x - mean
-    return Moments(mean, centred.T @ centred / (len(x) - 1), len(x))
+    mean = features.mean(0, dtype=torch.float64)
+    centred = (part.double() - mean for part in features.split(MOMENT_ROWS))
+    cov = sum((part.T @ part for part in centred), torch.zeros((), dtype=torch.float64))
+    return Moments(mean, cov / (len(features) - 1), len(features))
 
 
 def symmetric_sqrt(matrix: Tensor) -> Tensor:
@@ -72,6 +73,40 @@ def frechet_distance(a: Moments | Tensor, b: Moments | Tensor) -> float:
     cross = torch.linalg.svdvals(symmetric_sqrt(a.cov) @ symmetric_sqrt(b.cov)).sum()
     distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * cross
     return max(float(distance), 0.0)
+
+
+def frechet_interval(x: Tensor, reference: Moments, *, strata: Tensor | None = None) -> tuple[float, float]:
+    r"""95 % interval of ``frechet_distance(x, reference)`` by its first-order influence, for d too large to resample.
+
+    .. math:: I(x) = (x - \mu)^T (1 - T) (x - \mu) + 2 (\mu - \mu_r)^T (x - \mu), \quad
+        T = C^{-1/2} (C^{1/2} C_r C^{1/2})^{1/2} C^{-1/2}
+
+    with the mean mu and the covariance C of x, up to a constant: what one more item at x would add, times n. The
+    distance is then asymptotically normal with standard deviation sd(I) / sqrt(n). The bias O(1/n) is not in it.
+
+    Args:
+        x: features (n, d), n > d.
+        reference: moments of the other side, held fixed.
+        strata: int64 (n,), classes of the items if they were chosen, not drawn: only the spread within them counts.
+    Source:
+        The derivative of the distance, whose T is the optimal map: Rippl, Munk & Sturm 2016, theorem 2.1.
+    """
+    own = moments(x)
+    values, vectors = torch.linalg.eigh(own.cov)
+    roots = values.clamp_min(len(values) * torch.finfo(values.dtype).eps * float(values.abs().max())).sqrt()
+    root, inverse = (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+    curved = (
+        torch.eye(len(values), dtype=values.dtype) - inverse @ symmetric_sqrt(root @ reference.cov @ root) @ inverse
+    )
+    parts = (part.double() - own.mean for part in x.split(MOMENT_ROWS))
+    influence = torch.cat([((y @ curved) * y).sum(1) + 2 * y @ (own.mean - reference.mean) for y in parts])
+    if strata is not None:
+        _, group, count = strata.unique(return_inverse=True, return_counts=True)
+        sums = influence.new_zeros(len(count)).index_add_(0, group, influence)
+        influence = influence - (sums / count)[group]
+    value = frechet_distance(own, reference)
+    reach = 1.96 * float(influence.square().mean().sqrt()) / len(x) ** 0.5
+    return max(value - reach, 0.0), value + reach
 
 
 def cubic_kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -124,29 +159,43 @@ def kernel_distance(
 
 
 class KernelStatistic:
-    """The kernel distance of resamples of x from a fixed y, each kernel value computed once.
+    """The kernel distance of resamples of x from a fixed y; no matrix is kept, whatever the counts.
 
     A resample draws items with repetition; pairs of one item with itself are left out, else every repetition would
     count as a pair of identical samples and bias the distance.
 
     Args:
-        x: features (n, d) that are resampled; the (n, n) kernel matrix is kept, 8 n^2 bytes.
-        y: features (m, d) of the reference; its matrices are reduced in blocks of rows.
+        x: features (n, d) that are resampled.
+        y: features (m, d) of the reference.
         kernel: see ``kernel_distance``.
+        reference: the mean kernel between different items of y, where another statistic of the same y has it already.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, kernel: Kernel = cubic_kernel) -> None:
+    def __init__(self, x: Tensor, y: Tensor, kernel: Kernel = cubic_kernel, reference: float | None = None) -> None:
         if min(len(x), len(y)) < 2:
             raise DataError(f"a kernel distance needs at least 2 items a side, got {len(x)} and {len(y)}")
-        self.within = kernel(x, x).fill_diagonal_(0.0)
-        self.across = torch.cat([kernel(part, y).mean(1) for part in x.split(ROWS)])
-        total = sum(float(kernel(part, y).sum()) for part in y.split(ROWS))
-        itself = sum(float(kernel(part, part).diagonal().sum()) for part in y.split(ROWS))
-        self.reference = (total - itself) / (len(y) * (len(y) - 1))
+        self.x, self.kernel = x, kernel
+        self.across = torch.cat([kernel(part, y).mean(1) for part in x.split(max(1, BLOCK_ELEMENTS // len(y)))])
+        self.reference = float(self._pairs(y, torch.ones(1, len(y)))) if reference is None else reference
 
     def __call__(self, index: Tensor) -> float:
         """Distance of the resample ``x[index]``."""
-        weight = torch.bincount(index, minlength=len(self.within)).double()
-        pairs = weight.sum() ** 2 - weight.square().sum()
-        within = weight @ self.within @ weight / pairs
-        return float(within + self.reference - 2 * (weight @ self.across) / weight.sum())
+        return float(self.many(index[None]))
+
+    def many(self, indices: Tensor) -> Tensor:
+        """Distances (r,) of the resamples ``x[index]`` for the rows of ``indices`` (r, n): each kernel value is made once."""
+        weight = torch.stack([torch.bincount(index, minlength=len(self.x)) for index in indices])
+        across = (weight.double() @ self.across) / weight.sum(1)
+        return self._pairs(self.x, weight) + self.reference - 2 * across
+
+    def _pairs(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Mean kernel between different items, drawn ``weight`` (r, n) times -> (r,); half of the matrix is enough."""
+        weight = weight.double()
+        total = weight.new_zeros(len(weight))
+        rows = max(1, BLOCK_ELEMENTS // len(x))
+        for start in range(0, len(x), rows):
+            block = self.kernel(x[start : start + rows], x[start:])
+            n = len(block)
+            block[:, :n] = block[:, :n].tril(-1)  # pairs of the block with itself, each once
+            total += ((weight[:, start : start + n] @ block) * weight[:, start:]).sum(1)
+        return 2 * total / (weight.sum(1).square() - weight.square().sum(1))

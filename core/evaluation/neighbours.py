@@ -15,6 +15,9 @@ from torch import Tensor
 from polydiff.core.errors import DataError
 
 BLOCK_ELEMENTS = 4_000_000  # of one block of a distance matrix: 32 MB in float64
+WIDE = 512  # dimensions from which neighbours are sought in float32, among which the float64 distances decide
+WIDE_ELEMENTS = 32_000_000  # of one block then: 128 MB; a thin block would wait for the memory, not for the product
+SPARE = 4  # candidates beyond the wanted ones
 
 
 def blocks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -48,6 +51,8 @@ def to_others(x: Tensor, k: int, rows: Tensor | None = None) -> Tensor:
     if len(x) <= k:
         raise DataError(f"the {k}-th neighbour needs more than {k} items, got {len(x)}: evaluate more samples")
     rows = torch.arange(len(x)) if rows is None else rows
+    if x.shape[1] >= WIDE:
+        return _screened(x[rows], x, k, rows)[0]
     out = []
     for part, distance in blocks(x[rows], x):
         own = rows[part]
@@ -65,7 +70,9 @@ class Manifold(NamedTuple):
     coverage: Tensor
 
 
-def manifold(samples: Tensor, reference: Tensor, *, k: int = 3, k_density: int = 5) -> Manifold:
+def manifold(
+    samples: Tensor, reference: Tensor, *, k: int = 3, k_density: int = 5, near: Tensor | None = None
+) -> Manifold:
     r"""Precision, recall, density and coverage of samples against a reference, item by item.
 
     With B_k(z) the closed ball around z that reaches its k-th nearest neighbour in z's own set:
@@ -82,11 +89,12 @@ def manifold(samples: Tensor, reference: Tensor, *, k: int = 3, k_density: int =
         reference: features (m, d), m > k and m > k_density.
         k: neighbours for precision and recall; 3 is the source's.
         k_density: k', neighbours for density and coverage; 5 is the source's.
+        near: ``to_others(reference, max(k, k_density))``, where it is known already.
     Source:
         Kynkaanniemi et al. 2019 (arXiv 1904.06991), eqs. 1-2; Naeem et al. 2020 (arXiv 2002.09797), section 3.
     """
     slack = 1 + 1e-9  # a ball holds the neighbour on its surface in spite of round-off
-    near = to_others(reference, max(k, k_density)) * slack
+    near = (to_others(reference, max(k, k_density)) if near is None else near) * slack
     radius, radius_density = near[:, k - 1], near[:, k_density - 1]
     radius_samples = to_others(samples, k)[:, k - 1] * slack
     n, m = len(samples), len(reference)
@@ -102,9 +110,40 @@ def manifold(samples: Tensor, reference: Tensor, *, k: int = 3, k_density: int =
 
 def nearest(x: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
     """Distance (n,) float64 to the nearest of the training items, and its index (n,) int64; ties give the first."""
+    if x.shape[1] >= WIDE:
+        distance, index = _screened(x, train, 1)
+        return distance[:, 0], index[:, 0]
     distances, indices = [], []
-    for _, distance in blocks(x, train):
-        value, index = distance.min(1)
+    for _, block in blocks(x, train):
+        value, index = block.min(1)
         distances.append(value)
         indices.append(index)
+    return torch.cat(distances), torch.cat(indices)
+
+
+def _screened(x: Tensor, y: Tensor, k: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Distances (n, k) float64 to the k nearest of y and their indices, for many dimensions.
+
+    |y - c|^2 - 2 (x - c).y in float32 is half the work of float64 and orders all but near ties rightly; among the k + 4
+    best the true distances decide. y is never copied: it may be gigabytes.
+
+    Args:
+        x, y: (n, d) and (m, d).
+        k: how many.
+        own: index in y of each x, which then is no neighbour of itself.
+    """
+    y = y.float()
+    centre, wanted = y.mean(0), min(len(y), k + SPARE + (own is not None))
+    norms = torch.cat([(part - centre).square().sum(1) for part in y.split(4096)])
+    rows = max(1, WIDE_ELEMENTS // len(y))
+    distances, indices = [], []
+    for start in range(0, len(x), rows):
+        part = x[start : start + rows].float()
+        near = torch.addmm(norms, part - centre, y.T, alpha=-2).topk(wanted, 1, largest=False).indices.sort(1).values
+        exact = torch.stack([(part.double() - y[column].double()).norm(dim=1) for column in near.T], 1)
+        if own is not None:
+            exact[near == own[start : start + rows, None]] = torch.inf
+        best = exact.sort(dim=1, stable=True)
+        distances.append(best.values[:, :k])
+        indices.append(near.gather(1, best.indices[:, :k]))
     return torch.cat(distances), torch.cat(indices)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from polydiff.core.adapter import Metric
 from polydiff.core.errors import DataError
 from polydiff.core.evaluation import neighbours
-from polydiff.core.evaluation.bootstrap import interval, mean_interval
+from polydiff.core.evaluation.bootstrap import Statistic, interval, mean_interval
 from polydiff.core.evaluation.frechet import KernelStatistic, frechet_distance, moments
 
 SMALLEST = 6  # items: coverage asks for a fifth neighbour
@@ -49,15 +47,15 @@ def quality(
             raise DataError(f"quality measures need at least {SMALLEST} {name}, got {len(features)}")
     n, fitted = len(samples), moments(reference)
     thin = subset(reference, LIMIT, seed)
-    kernel = KernelStatistic(samples, thin)
-    each = neighbours.manifold(samples, thin)._asdict()
+    kernel, near = KernelStatistic(samples, thin), neighbours.to_others(thin, 5)
+    each = neighbours.manifold(samples, thin, near=near)._asdict()
     values = {
         "frechet_distance": frechet_distance(samples, fitted),
         "kernel_distance": kernel(torch.arange(n)),
         **{name: float(value.mean()) for name, value in each.items()},
     }
 
-    def resampled(name: str, statistic: Callable[[Tensor], float]) -> tuple[float, float]:
+    def resampled(name: str, statistic: Statistic) -> tuple[float, float]:
         return interval(statistic, n, seed=seed, estimate=values[name], strata=classes)
 
     low, high = resampled("frechet_distance", lambda index: frechet_distance(samples[index], fitted))
@@ -71,13 +69,35 @@ def quality(
         fresh = subset(held_out, n, seed)
         real = {
             "frechet_distance": frechet_distance(fresh, fitted),
-            "kernel_distance": KernelStatistic(fresh, thin)(torch.arange(len(fresh))),
-            **{name: float(v.mean()) for name, v in neighbours.manifold(fresh, thin)._asdict().items()},
+            "kernel_distance": KernelStatistic(fresh, thin, reference=kernel.reference)(torch.arange(len(fresh))),
+            **{name: float(v.mean()) for name, v in neighbours.manifold(fresh, thin, near=near)._asdict().items()},
         }
     return {name: Metric(value, *intervals[name], real.get(name), n) for name, value in values.items()}
 
 
-def originality(samples: Tensor, train: Tensor, held_out: Tensor | None = None, *, seed: int = 0) -> dict[str, Metric]:
+def spacing(train: Tensor, held_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """How near real data comes to the training data: what ``originality`` compares samples with.
+
+    Args:
+        train: (m, *dims), m >= 2.
+        held_out: (h, *dims), or None.
+    Returns:
+        Distance to the nearest other training item of up to 10,000 training items, chosen at random but always the same;
+        and of the held-out items to the nearest training item, the former again without them. Float64.
+    """
+    rows = subset(torch.arange(len(train)), LIMIT, 0)
+    within = neighbours.to_others(train.flatten(1), 1, rows)[:, 0]
+    return within, within if held_out is None else neighbours.nearest(held_out.flatten(1), train.flatten(1))[0]
+
+
+def originality(
+    samples: Tensor,
+    train: Tensor,
+    held_out: Tensor | None = None,
+    *,
+    seed: int = 0,
+    known: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, Metric]:
     """How near samples come to the training data, in units of how near new real data comes.
 
     Distances are Euclidean between normalised states, not features: a classifier maps all of a class close together.
@@ -88,15 +108,14 @@ def originality(samples: Tensor, train: Tensor, held_out: Tensor | None = None, 
         held_out: (h, *dims), data like the training data that the model has not seen. Without it the unit is the
             distance of the training items to one another.
         seed: of resampling.
+        known: ``spacing(train, held_out)``, where it is known already.
     Returns:
         ``nearest_train_ratio``: median distance to the nearest training item over that of the held-out items; 1 is
         like new data, towards 0 copies. ``near_copies``: share of samples nearer to a training item than 99 % of the
         training items are to their nearest other one; about 0.01 for new data.
     """
     to_train, _ = neighbours.nearest(samples.flatten(1), train.flatten(1))
-    rows = subset(torch.arange(len(train)), LIMIT, seed)
-    within = neighbours.to_others(train.flatten(1), 1, rows)[:, 0]
-    fresh = within if held_out is None else neighbours.nearest(held_out.flatten(1), train.flatten(1))[0]
+    within, fresh = spacing(train, held_out) if known is None else known
     unit = max(float(fresh.median()), 1e-12)
     low, high = interval(lambda index: float(to_train[index].median()) / unit, len(to_train), seed=seed)
     threshold = within.sort().values[len(within) // 100]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from polydiff.core.adapter import Item, Metric
 from polydiff.core.errors import DataError
-from polydiff.core.evaluation.classifier import classify, extract
-from polydiff.core.evaluation.features import labels, obtain, principal, stack
-from polydiff.core.evaluation.quality import matched, originality, quality, share
+from polydiff.core.evaluation.classifier import FeatureClassifier, Settings, classify, extract
+from polydiff.core.evaluation.features import digest, labels, obtain, principal, remembered, stack
+from polydiff.core.evaluation.quality import matched, originality, quality, share, spacing
+from polydiff.modalities.image.inception import inception_scores, ready
 
 
 def metrics(samples: Sequence[Item], reference: Sequence[Item], options: Mapping[str, Any]) -> dict[str, Metric]:
@@ -24,6 +29,7 @@ def metrics(samples: Sequence[Item], reference: Sequence[Item], options: Mapping
     class_accuracy         the classifier sees the class that was asked for           1
     nearest_train_ratio    distance to the nearest training picture, 1 = as for new   1
     near_copies            share nearer to one than training pictures are (1 %)       0.01
+    fid, kid               the same two distances on Inception features, if asked     0
     =====================  =========================================================  =====
 
     The last column is the best value; with finite sets even real pictures miss it, so read ``real``. The classes of
@@ -35,8 +41,11 @@ def metrics(samples: Sequence[Item], reference: Sequence[Item], options: Mapping
     Args:
         samples: generated items, x (c, h, w) normalised to [-1, 1].
         reference: the training split.
-        options: ``held_out`` (items or None), ``store`` (folder or None: the classifier is not kept), ``seed`` of the
-            intervals. The classifier's own seed is fixed: every evaluation of a data set uses the same one.
+        options: ``held_out`` (items or None), ``store`` (folder or None: nothing is kept), ``seed`` of the intervals,
+            ``data`` (the data set's own options: with ``flip`` the classifier learns mirrored pictures too),
+            ``inception``, ``inception_weights`` and ``device`` (see ``inception.ready``). Two are filled here:
+            ``seconds`` (a dictionary) with the time that features took, ``notes`` (a list) with what was left out.
+            The classifier's own seed is fixed: every evaluation of a data set uses the same one.
     Raises:
         DataError: fewer than 6 items in a set, other sizes than the reference, or values that are not finite.
     """
@@ -49,11 +58,44 @@ def metrics(samples: Sequence[Item], reference: Sequence[Item], options: Mapping
                 f"{name} of size {tuple(part.shape[1:])} cannot be compared with a reference of {tuple(train.shape[1:])}"
             )
     asked, known, truth = labels(samples), labels(reference), labels(held_out)
-    model = None if known is None else obtain(options.get("store"), reference, held_out)[0]
-    features = principal(train) if model is None else partial(extract, model)
-    real = None if fresh is None else features(fresh[matched(asked, truth, len(x), len(fresh), seed)])
-    out = quality(features(x), features(train), real, classes=asked, seed=seed)
-    if model is not None and asked is not None:
-        right = None if fresh is None or truth is None else classify(model, fresh) == truth
-        out["class_accuracy"] = share(classify(model, x) == asked, right, seed=seed)
-    return {**out, **originality(x, train, fresh, seed=seed)}
+    store, weights = options.get("store"), ready(options)
+    if isinstance(weights, str) and weights:
+        options.get("notes", []).append(weights)
+
+    began = time.monotonic()
+    model: FeatureClassifier | None
+    features: Callable[[Tensor], Tensor]
+    if known is None:
+        model, features, whose = None, principal(train), "principal components"
+    else:
+        settings = Settings.suited(train.shape[1:], mirror=bool((options.get("data") or {}).get("flip")))
+        model, info = obtain(store, reference, held_out, settings=settings)
+        features, whose = partial(extract, model), info["weights_sha256"]
+    identity = {"features": whose, "train": digest(train), "held_out": None if fresh is None else digest(fresh)}
+    real = remembered(store, "reference", identity, partial(_real, model, features, train, fresh))
+    own, classes = features(x), None if model is None or asked is None else classify(model, x)
+    options.get("seconds", {})["features"] = time.monotonic() - began
+
+    chosen = None if fresh is None else real["held_out"][matched(asked, truth, len(x), len(fresh), seed)]
+    out = quality(own, real["train"], chosen, classes=asked, seed=seed)
+    if classes is not None and asked is not None:
+        right = None if fresh is None or truth is None else real["classes"].eq(truth)
+        out["class_accuracy"] = share(classes.eq(asked), right, seed=seed)
+    out |= originality(x, train, fresh, seed=seed, known=(real["within"], real["near"]))
+    if isinstance(weights, Path):
+        more = {"classes": asked, "available": truth, "seed": seed, "store": store}
+        out |= inception_scores(x, train, fresh, weights, **more, device=options.get("device", "cpu"))
+    return out
+
+
+def _real(
+    model: FeatureClassifier | None, features: Callable[[Tensor], Tensor], train: Tensor, fresh: Tensor | None
+) -> dict[str, Tensor]:
+    """Everything about the real pictures that takes time and depends on no sample."""
+    within, near = spacing(train, fresh)
+    out = {"train": features(train), "within": within, "near": near.clone()}
+    if fresh is not None:
+        out["held_out"] = features(fresh)
+        if model is not None:
+            out["classes"] = classify(model, fresh)
+    return out
