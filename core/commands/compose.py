@@ -20,7 +20,7 @@ from polydiff.core.commands.options import lex
 from polydiff.core.errors import ConfigError, unknown
 
 GROUP = "polydiff.configs"
-OPEN = ("data.options.", "objective.terms.")  # keys that an adapter or a data set defines may be added here
+OPEN = ("data.options.", "objective.terms.", "objective.variance.")  # sections that may be missing, or gain keys
 FIXED = ("data", "objective", "sampling", "optim", "trainer", "logger")  # sections whose keys are the same everywhere
 Config = dict[str, Any]
 _SKELETON: Config = {}
@@ -213,7 +213,7 @@ def _like(key: str, base: Any, value: Any, closed: bool = False) -> Any:
     if isinstance(base, dict) and isinstance(value, dict):
         if closed and not dot.startswith((*OPEN, "objective.time.")):
             for name in value:
-                if name not in base:
+                if name not in base and f"{dot}{name}." not in OPEN:
                     raise unknown("key", dot + name, [dot + other for other in base])
         return {n: _like(dot + n, base[n], v, closed) if n in base else v for n, v in value.items()}
     if base is None or base == "???" or value == "???" or (value is None and key in NULLABLE) or key in FREE:
@@ -229,7 +229,7 @@ def _like(key: str, base: Any, value: Any, closed: bool = False) -> Any:
     return value
 
 
-NULLABLE = ("trainer.clip", "trainer.seconds", "optim.ema_warmup", "data.path")
+NULLABLE = ("trainer.clip", "trainer.seconds", "optim.ema_warmup", "data.path", "objective.variance.bins")
 FREE = ("objective.drop",)  # one number, or one for each condition
 _KINDS = {
     int: "a whole number",

@@ -112,6 +112,14 @@ class GaussianProcess:
         shape[axis] = like.shape[axis]
         return mask.reshape(shape).to(like.dtype)
 
+    def mean(self, values: Tensor, mask: Tensor | None = None, fixed: Tensor | None = None) -> Tensor:
+        """Average (b,) of values (b, *dims) over the generated elements."""
+        valid = self.valid(values, mask, fixed)
+        if valid is None:
+            return values.flatten(1).mean(1)
+        valid = valid.expand_as(values)
+        return (values * valid).flatten(1).sum(1) / valid.flatten(1).sum(1).clamp_min(1)
+
     def log_prior(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Log density (b,) in nats of the prior N(0, sigma(t_max)^2) over valid elements (their mean-free subspace)."""
         sigma = float(self.schedule.sigma(as_time(self.t_max)))

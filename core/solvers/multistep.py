@@ -30,10 +30,13 @@ import torch
 
 from polydiff.core.denoiser import Denoise
 from polydiff.core.errors import ConfigError, unknown
-from polydiff.core.schedules import Schedule
+from polydiff.core.schedules import Schedule, as_time
 from polydiff.core.solvers.base import COORDINATES, Plan, Point, Solver, State, first_order, is_end, predict
+from polydiff.core.variational import log_range
 
 _NODES, _QUADRATURE = np.polynomial.legendre.leggauss(24)  # on [-1, 1]; exact to rounding for |h| up to about 10
+
+NOISE_FORMS = ("sde", "ancestral", "learned")
 
 Array = Any
 
@@ -94,6 +97,7 @@ class _Step(NamedTuple):
     scale: float  # of x
     weights: tuple[float, ...]  # of the predictions, newest first
     noise: float  # standard deviation
+    spread: float = 0.0  # log of the upper over the lower choice of its variance, where the network chooses
 
 
 @dataclass(frozen=True)
@@ -110,11 +114,12 @@ class Multistep(Solver):
         lower_final: lower the order towards the end, so that the last interval has order 1.
         eta: noise level; 0 is the probability flow, 1 the full reverse SDE.
         noise_form: ``"sde"`` (constant eta over the interval) or ``"ancestral"`` (DDIM's, order 1); the same at 0 and 1.
+            ``"learned"`` is ancestral at eta = 1 with the variance that the network's second head gives.
 
     Raises:
         ConfigError: a combination without meaning.
 
-    Source: Song 2020 (DDIM), eq. 12 and 16; Lu 2022 (DPM-Solver++), eq. 8 and algorithm 2; Zhang 2023 (DEIS), eq. 14.
+    Source: Song 2020 (DDIM), eq. 12 and 16; Nichol 2021, eq. 15; Lu 2022 (DPM-Solver++), eq. 8 and algorithm 2; Zhang 2023 (DEIS), eq. 14.
     """
 
     order: int = 2
@@ -133,16 +138,18 @@ class Multistep(Solver):
             raise unknown("variable", self.variable, (*VARIABLES, "index"))
         if self.rule not in ("exact", "midpoint"):
             raise unknown("rule", self.rule, ("exact", "midpoint"))
-        if self.noise_form not in ("sde", "ancestral"):
-            raise unknown("noise form", self.noise_form, ("sde", "ancestral"))
+        if self.noise_form not in NOISE_FORMS:
+            raise unknown("noise form", self.noise_form, NOISE_FORMS)
         if not 1 <= self.order <= 4:
             raise ConfigError(f"a multistep order of {self.order} is not between 1 and 4")
         if not (math.isfinite(self.eta) and self.eta >= 0):
             raise ConfigError(f"eta = {self.eta} must be finite and at least 0")
         if self.eta and self.predict != "x0":
             raise ConfigError(f"eta = {self.eta} needs predict='x0', not {self.predict!r}")
-        if self.eta and self.noise_form == "ancestral" and self.order > 1:
-            raise ConfigError("noise_form='ancestral' has order 1; take noise_form='sde' for higher orders")
+        if self.eta and self.noise_form != "sde" and self.order > 1:
+            raise ConfigError(f"noise_form={self.noise_form!r} has order 1; take noise_form='sde' for higher orders")
+        if self.eta != 1 and self.noise_form == "learned":
+            raise ConfigError(f"noise_form='learned' needs eta = 1, not {self.eta}")
 
     @property
     def stochastic(self) -> bool:  # type: ignore[override]
@@ -206,10 +213,12 @@ class Multistep(Solver):
             nodes.append(node)
         eta2 = self.eta**2
         h = end.log_snr - start.log_snr
-        if self.noise_form == "ancestral" and eta2:
+        if self.noise_form != "sde" and eta2:
             noise = self.eta * end.sigma * math.sqrt(-math.expm1(-2 * h))
             along = math.sqrt(max(end.sigma**2 - noise**2, 0.0)) / start.sigma
-            return _Step("x0", along, (end.alpha - start.alpha * along,), noise)
+            spread = float(log_range(as_time(start.log_snr), as_time(end.log_snr)))
+            spread = spread if self.noise_form == "learned" else 0.0
+            return _Step("x0", along, (end.alpha - start.alpha * along,), noise, spread)
         scale, total = tau_span(self.predict, start, end, eta2)
         mass = density.sum()
         weights = tuple(total * float((density * _lagrange(nodes, u, j)).sum() / mass) for j in range(len(nodes)))
@@ -225,7 +234,10 @@ class Multistep(Solver):
         for weight, past in zip(now.weights[1:], state.history, strict=False):
             x = x.add_(past, alpha=weight)
         if now.noise:
-            x = x.add_(noise.draw(k, "step", x, plan.points[k].t, plan.points[k + 1].t), alpha=now.noise)
+            z = noise.draw(k, "step", x, plan.points[k].t, plan.points[k + 1].t)
+            if now.spread:
+                z = z * torch.exp(0.5 * now.spread * prediction.fraction)
+            x = x.add_(z, alpha=now.noise)
         if self.order == 1:
             return State(x)
         own = COORDINATES[self.predict]

@@ -40,6 +40,9 @@ NAMES: dict[str, Entry] = {
     "ddpm": Entry(
         Multistep(1, "x0", eta=1.0, noise_form="ancestral"), "Ho 2020, algorithm 2, with the posterior variance"
     ),
+    "ddpm-learned": Entry(
+        Multistep(1, "x0", eta=1.0, noise_form="learned"), "Nichol 2021, eq. 15: ddpm with the network's own variance"
+    ),
     "ddim": _ddim,
     "euler": _ddim,
     "euler-v": Entry(
