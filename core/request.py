@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from polydiff.core.adapter import Condition
+from polydiff.core.adapter import Condition, Item
 from polydiff.core.errors import ConfigError, PolydiffError, unknown
 from polydiff.core.grids import GRIDS
+from polydiff.core.objectives import RESERVED
 from polydiff.core.solvers.names import NAMES
 from polydiff.core.tree import State, leaves
 
@@ -198,6 +199,20 @@ def _condition(name: str, condition: Condition, names: Sequence[object], value: 
         return torch.tensor(classes.index(value))
     shown = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
     raise ConfigError(f"cond.{name}={value}: valid are the indices 0 to {len(classes) - 1} and the names {shown}")
+
+
+def lent(declared: Mapping[str, Condition], item: Item) -> bool:
+    """Whether a real item has conditions that nobody can make up, so that samples had better be given all of its."""
+    return any(
+        name in item.cond and condition.kind in ("tensor", "field") and name not in RESERVED
+        for name, condition in declared.items()
+    )
+
+
+def lend(declared: Mapping[str, Condition], items: Sequence[Item]) -> dict[str, Any]:
+    """The conditions of real items, for samples that are given them in turn; settings are left out."""
+    known = [name for name, condition in declared.items() if condition.kind != "setting" and name not in RESERVED]
+    return {name: [item.cond.get(name) for item in items] for name in known if any(name in item.cond for item in items)}
 
 
 def enough(like: State, many: int, numbers: int) -> int:

@@ -6,9 +6,11 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from polydiff.core.run import Run
 
 RECORD = "samples.json"
+SECONDS_TO_LOCK = 60.0  # a draft younger than this may belong to a process that is about to lock it
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,9 @@ class Options:
     steps: Annotated[int | None, "number of steps; null: the run's own"] = None
     seed: Annotated[int, "sample k depends on seed and k alone"] = 0
     guidance: Annotated[float | None, "classifier-free guidance, 1 is none; null: the run's own"] = None
-    cond: Annotated[dict[str, Any], "a condition: an index, a name, a list that cycles, or null for without"] = field(
-        default_factory=dict
-    )
+    cond: Annotated[
+        dict[str, Any], "a condition: index, name, file or folder, a list that cycles, null for without"
+    ] = field(default_factory=dict)
     size: Annotated[dict[str, Any], "another size than in training"] = field(default_factory=dict)
     out: Annotated[Path | None, "folder to write; null: RUN/samples/SOLVER-STEPS-seedSEED"] = None
     format: Annotated[str | None, "file format; null: the adapter's first"] = None
@@ -58,6 +61,7 @@ def main(words: list[str]) -> int:
     """Run the verb; returns the exit code."""
     chosen = options.parse(Options, words)
 
+    from polydiff.core.progress import progress
     from polydiff.core.request import positive
     from polydiff.core.run import Run
 
@@ -81,8 +85,9 @@ def main(words: list[str]) -> int:
         "deterministic_batch": chosen.deterministic_batch,
         "facts": run.facts,
     }
+    run.check_count(chosen.n, chosen.size)
     folder = choose_folder(run.path, chosen.out, record)
-    with replacing(folder) as draft:
+    with replacing(folder) as draft, progress("sample", chosen.n) as advance:
         items = run.sample(
             chosen.n,
             cond=chosen.cond,
@@ -94,6 +99,7 @@ def main(words: list[str]) -> int:
             seed=chosen.seed,
             batch=chosen.batch,
             deterministic_batch=chosen.deterministic_batch,
+            advance=advance,
         )
         files = codec.write(items, draft, chosen.format)
         record["samples"] = [
@@ -150,9 +156,16 @@ def _occupied(folder: Path, record: dict[str, Any]) -> str:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A draft folder beside ``folder`` that takes its name when the block ends, and vanishes when it fails."""
+    """A draft folder beside ``folder`` that takes its name when the block ends, and vanishes when it fails.
+
+    What a killed process left behind vanishes too: a draft is locked, and a lock dies with its process.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{escape(folder.name)}.????????"):
+        if left.is_dir() and time.time() - left.stat().st_mtime > SECONDS_TO_LOCK:
+            _remove_abandoned(left)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    lock = _lock(draft)
     try:
         draft.chmod(0o777 & ~_umask())
         yield draft
@@ -165,6 +178,31 @@ def replacing(folder: Path) -> Iterator[Path]:
             draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the lock of a folder; None if another process has it, or where there are no such locks."""
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor
+    except OSError:
+        os.close(descriptor)
+        return None
+
+
+def _remove_abandoned(draft: Path) -> None:
+    lock = _lock(draft)
+    if lock is not None:
+        shutil.rmtree(draft, ignore_errors=True)
+        os.close(lock)
 
 
 def _umask() -> int:
@@ -176,6 +214,11 @@ def _umask() -> int:
 def _entry(run: Run, item: Item, file: Path, k: int) -> dict[str, Any]:
     cond: dict[str, Any] = {}
     for name, value in item.cond.items():
-        classes = (run.facts.get("classes") or {}).get(name)
-        cond[name] = value.tolist() if classes is None else {"index": int(value), "name": str(classes[int(value)])}
+        classes, read = (run.facts.get("classes") or {}).get(name), item.meta.get("files", {}).get(name)
+        if read is not None:
+            cond[name] = {"file": read}
+        elif classes is not None:
+            cond[name] = {"index": int(value), "name": str(classes[int(value)])}
+        else:
+            cond[name] = value.tolist()
     return {"file": Path(file).name, "index": k, "cond": cond}

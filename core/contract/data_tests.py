@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from polydiff.core.adapter import Lazy
+from polydiff.core.adapter import Lazy, conditions_of
 from polydiff.core.build import construct, find_network
 from polydiff.core.contract.case import Case, difference, home
 from polydiff.core.errors import ConfigError, DataError
@@ -74,20 +74,20 @@ def test_items_are_well_formed(case: Case) -> None:
     for name in ("name", "n", "sigma_data", "size", "classes"):
         assert name in facts, f"the data set's facts lack {name!r}"
     like, _ = case.adapter.shape(facts["size"], {})
+    declared = conditions_of(case.adapter.conditions, facts)
     assert values.dtype == torch.float32, f"items must be float32, these are {values.dtype}"
     assert bool(values.isfinite().all()), "an item has values that are not finite"
     for item in case.items:
         assert [leaf.ndim for leaf in leaves(item.x)] == [leaf.ndim for leaf in leaves(like)], (
             f"shape(facts['size'], cond) gives {[*like.shape]}, items have {[*leaves(item.x)[0].shape]}: other axes"
         )
-        assert set(item.cond) <= set(case.adapter.conditions), (
-            f"an item has conditions {sorted(item.cond)}, but ADAPTER.conditions declares {sorted(case.adapter.conditions)}"
+        assert set(item.cond) <= set(declared), (
+            f"an item has conditions {sorted(item.cond)}, but ADAPTER.conditions and the facts declare {sorted(declared)}"
         )
         for name, value in item.cond.items():
-            condition = case.adapter.conditions[name]
-            assert tuple(value.shape) == condition.shape, (
-                f"cond[{name!r}] has shape {tuple(value.shape)}, not {condition.shape}"
-            )
+            condition = declared[name]
+            shape = condition.shape_in(leaves(item.x)[0].shape)
+            assert tuple(value.shape) == shape, f"cond[{name!r}] has shape {tuple(value.shape)}, not {shape}"
             assert value.dtype == condition.dtype, f"cond[{name!r}] is {value.dtype}, it must be {condition.dtype}"
             if condition.kind == "class":
                 assert 0 <= int(value) < len(facts["classes"][name]), (

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from polydiff.core.adapter import Item
+from polydiff.core.build import Built
 from polydiff.core.contract.case import Case, distance, noised, rows, update
 from polydiff.core.contract.symmetries import SYMMETRIES
 from polydiff.core.errors import ConfigError, unknown
@@ -22,7 +23,10 @@ NOTICED = 1e-4  # a condition or noise level that changes the output by less tha
 def test_loss_is_finite_and_reaches_every_parameter(case: Case, network: str) -> None:
     """The loss of real items, with all further terms, is finite, and every parameter gets a gradient."""
     built = case.build(network, drop=0.5, terms=dict.fromkeys(case.adapter.terms, 1.0))
-    out = built.objective(built.denoiser, case.batch(case.items * 2), torch.Generator().manual_seed(0))
+    generator, batch = torch.Generator().manual_seed(0), case.batch(case.items * 2)
+    settings = {name: values(batch, built, name, generator) for name in kinds(built, "setting")}
+    batch = Item(batch.x, batch.mask, {**batch.cond, **settings})  # zero by themselves, which teaches a weight nothing
+    out = built.objective(built.denoiser, batch, generator)
     for name, value in out.items():
         assert bool(value.isfinite().all()), f"{name} of a batch of real items is not finite: {value.tolist()}"
         assert len(value) == 2 * len(case.items), f"{name} must have one value an item, it has shape {[*value.shape]}"
@@ -112,12 +116,14 @@ def test_padding_changes_nothing(case: Case, network: str) -> None:
         valid = built.process.valid(x, longer)
         return x * valid + 100 * (1 - valid) * torch.randn(x.shape, generator=generator)
 
+    fields = {name: littered(batch.cond[name]) for name in kinds(built, "field") if name in batch.cond}
+
     def kept(x: Tensor) -> Tensor:
         x = x.narrow(axis, 0, mask.shape[1])
         return x * built.process.valid(x, mask)
 
     clean = update(built.denoiser, x_t, t, mask, batch.cond)
-    dirty = update(built.denoiser, tree_map(littered, x_t), t, longer, batch.cond)
+    dirty = update(built.denoiser, tree_map(littered, x_t), t, longer, {**batch.cond, **fields})
     error = distance(tree_map(kept, dirty), tree_map(kept, clean))
     assert error <= EXACT, (
         f"numbers behind the mask change valid elements by {error:.2g}: zero the input with the mask, and again before "
@@ -141,9 +147,11 @@ def test_odd_sizes(case: Case, network: str) -> None:
         if [leaf.shape for leaf in leaves(like)] == [leaf.shape for leaf in leaves(normal)]:
             continue
         tried += 1
-        batch = case.batch([Item(like, mask, item.cond, i) for i, item in enumerate(case.items[:2])])
         try:
             built = case.build(network, facts={**case.facts, "size": asked})
+            fields = kinds(built, "field")  # those at hand have the other size
+            conds = [{n: v for n, v in item.cond.items() if n not in fields} for item in case.items[:2]]
+            batch = case.batch([Item(like, mask, cond, i) for i, cond in enumerate(conds)])
             output = update(built.denoiser, *noised(built, batch), batch.mask, batch.cond)
         except (RuntimeError, ValueError, IndexError, ConfigError) as error:
             pytest.fail(
@@ -169,7 +177,7 @@ def test_condition_has_an_effect_only_where_present(case: Case, network: str, co
     else:
         n = 2
         generator = torch.Generator().manual_seed(0)
-        one, other = (torch.randn((len(t), *declared.shape), generator=generator) for _ in range(2))
+        one, other = (values(batch, built, condition, generator) for _ in range(2))
     rest = {name: value for name, value in batch.cond.items() if name != condition}
 
     def answer(value: Tensor, present: dict[str, Tensor]) -> Any:
@@ -177,7 +185,11 @@ def test_condition_has_an_effect_only_where_present(case: Case, network: str, co
 
     absent = {condition: ~there[condition]}
     placeholder = update(built.denoiser, x_t, t, batch.mask, rest)
-    for value in (one, other):
+    if declared.kind == "setting":
+        assert distance(answer(torch.zeros_like(one), there), placeholder) <= EXACT, (
+            f"setting {condition!r}: nothing said must be the same as zero"
+        )
+    for value in (one, other) if declared.kind != "setting" else ():
         error = distance(answer(value, absent), placeholder)
         assert error <= EXACT, (
             f"condition {condition!r} changes the answer by {error:.2g} where present is false: use "
@@ -213,3 +225,14 @@ def test_symmetry(case: Case, network: str, symmetry: str) -> None:
 
 def _valid(built: Any, x: Any, mask: Tensor | None) -> Any:
     return x if mask is None else tree_map(lambda leaf: leaf * built.process.valid(leaf, mask), x)
+
+
+def kinds(built: Built, kind: str) -> list[str]:
+    """Names of a model's conditions of one kind."""
+    return [name for name, condition in built.denoiser.conditions.items() if condition.kind == kind]
+
+
+def values(batch: Item, built: Built, name: str, generator: torch.Generator) -> Tensor:
+    """Random values of a condition that is no class, for the items of a batch."""
+    state = leaves(batch.x)[0].shape
+    return torch.randn((state[0], *built.denoiser.conditions[name].shape_in(state[1:])), generator=generator)

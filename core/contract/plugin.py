@@ -15,7 +15,6 @@ from polydiff.core.contract import OPTION
 from polydiff.core.errors import ConfigError
 
 MODULES = ("data_tests", "network_tests", "output_tests")
-RESERVED = ("fixed", "x0_hat")  # conditions that the core fills in
 _here = "polydiff.core.contract"
 
 pytest.register_assert_rewrite(*(f"{_here}.{name}" for name in MODULES))
@@ -75,6 +74,8 @@ def _networks(adapter: Adapter) -> list[str]:
 
 
 def _conditions(adapter: Adapter) -> list[str]:
+    from polydiff.core.objectives import RESERVED
+
     return [name for name in adapter.conditions if name not in RESERVED]
 
 

@@ -9,14 +9,11 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from polydiff.core.adapter import Fragment, Item
 from polydiff.core.errors import CheckpointError, DataError, PolydiffError
-from polydiff.core.objectives import RESERVED
 from polydiff.core.report.offline import FOLDER, LIMIT, outside_addresses, spill
 from polydiff.core.report.page import page
-from polydiff.core.request import SHOWN, enough
+from polydiff.core.request import SHOWN, enough, lend, lent
 from polydiff.core.tree import leaves
 
 if TYPE_CHECKING:
@@ -28,6 +25,7 @@ MANY = 2000  # samples of tiny states
 ROWS = 16  # classes that get a row each
 REFERENCE = 10_000  # real items to compare with
 NUMBERS = 100_000_000  # in all states together, of samples and of real items
+EACH = 4  # samples under the same conditions, where real items lend theirs
 STATES = 8  # states along the way from noise to sample
 
 
@@ -55,7 +53,7 @@ def report(run: Path, *, n: int | None = None, seed: int = 0, device: str = "aut
         reference, missing = real(trained), ""
     except DataError as error:
         reference, missing = [], f'<p class="note">Without real data beside the samples: {escape(str(error))}</p>'
-    fragment = trained.adapter.view(draw(trained, reference, n, seed), reference)
+    fragment = trained.adapter.view(draw(trained, lenders(trained, reference), n, seed), reference)
     return write(run, [("Samples", fragment._replace(html=missing + fragment.html))])
 
 
@@ -67,12 +65,23 @@ def real(run: Run, split: str = "train") -> list[Item]:
     return [_named(data[i * len(data) // count], run.facts) for i in range(count)]
 
 
+def lenders(run: Run, reference: Sequence[Item]) -> Sequence[Item]:
+    """Real items whose conditions samples are given: held-out ones, where there are some and classes are not all."""
+    if not reference or not lent(run.denoiser.conditions, reference[0]):
+        return reference
+    try:
+        return real(run, "test")
+    except DataError:
+        return reference
+
+
 def draw(run: Run, reference: Sequence[Item] = (), n: int | None = None, seed: int = 0) -> list[Item]:
     """Samples with the states along the way; classes take turns and are named in ``meta``.
 
     Args:
         run: what to sample from.
-        reference: real items that lend their values to conditions that are no classes.
+        reference: real items; where they have conditions that are no classes, a few lend all theirs to four samples each
+            and become ``meta["truth"]``.
         n: how many samples; None chooses.
         seed: of the samples.
     """
@@ -83,10 +92,15 @@ def draw(run: Run, reference: Sequence[Item] = (), n: int | None = None, seed: i
         if counts and min(counts.values()) <= ROWS:
             n = min(counts.values()) * math.ceil(n / min(counts.values()))
     cond: dict[str, Any] = {name: list(range(count)) for name, count in counts.items()}
-    for name, condition in run.denoiser.conditions.items():
-        if condition.kind != "class" and name not in RESERVED and reference and name in reference[0].cond:
-            cond[name] = torch.stack([item.cond[name] for item in reference[:n]])
-    return [_named(item, run.facts) for item in run.sample(n, cond=cond, seed=seed, trajectory=STATES)]
+    truth: list[Item] = []
+    if reference and lent(run.denoiser.conditions, reference[0]):
+        count = min(len(reference), max(1, n // EACH))
+        truth = [reference[i * len(reference) // count] for i in range(count)]
+        cond = lend(run.denoiser.conditions, truth)
+    samples = [_named(item, run.facts) for item in run.sample(n, cond=cond, seed=seed, trajectory=STATES)]
+    for i, item in enumerate(samples if truth else ()):
+        item.meta["truth"] = truth[i % len(truth)].x
+    return samples
 
 
 def _classes(facts: Mapping[str, Any]) -> Mapping[str, Sequence[str]]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from polydiff.core.adapter import Item
-from polydiff.core.request import SHOWN, enough
+from polydiff.core.request import SHOWN, enough, lend, lent
 from polydiff.core.training.state import preserved_rng
 from polydiff.core.training.stream import derive
 from polydiff.core.tree import move
@@ -117,12 +117,8 @@ class Previews:
         return run.sample(n, cond=self._conditions(), seed=derive(self.seed, "preview"), batch=n)
 
     def _conditions(self) -> dict[str, Any]:
-        from polydiff.core.objectives import RESERVED
-
-        cond: dict[str, Any] = {}
-        for name, condition in self.module.conditions.items():  # type: ignore[union-attr, operator]
-            if condition.kind == "class":
-                cond[name] = range(len(self.parts.facts["classes"][name]))
-            elif name not in RESERVED and self._items and name in self._items[0].cond:
-                cond[name] = torch.stack([item.cond[name] for item in self._items[:SHOWN]])
-        return cond
+        declared: Any = self.module.conditions
+        if self._items and lent(declared, self._items[0]):
+            return lend(declared, self._items[:SHOWN])
+        kinds = {name: condition.kind for name, condition in declared.items()}
+        return {name: range(len(self.parts.facts["classes"][name])) for name in kinds if kinds[name] == "class"}

@@ -15,6 +15,7 @@ from polydiff.core.errors import DataError
 from polydiff.core.evaluation.classifier import FeatureClassifier, Settings, classify, extract
 from polydiff.core.evaluation.features import digest, labels, obtain, principal, remembered, stack
 from polydiff.core.evaluation.quality import matched, originality, quality, share, spacing
+from polydiff.modalities.image.fidelity import fidelity
 from polydiff.modalities.image.inception import inception_scores, ready
 
 
@@ -30,6 +31,8 @@ def metrics(samples: Sequence[Item], reference: Sequence[Item], options: Mapping
     nearest_train_ratio    distance to the nearest training picture, 1 = as for new   1
     near_copies            share nearer to one than training pictures are (1 %)       0.01
     fid, kid               the same two distances on Inception features, if asked     0
+    consistency, psnr,     how well they keep to a picture that was given, and to     0, -,
+    ssim                   the true one; see ``fidelity``                             1
     =====================  =========================================================  =====
 
     The last column is the best value; with finite sets even real pictures miss it, so read ``real``. The classes of
@@ -85,7 +88,7 @@ def metrics(samples: Sequence[Item], reference: Sequence[Item], options: Mapping
     if isinstance(weights, Path):
         more = {"classes": asked, "available": truth, "seed": seed, "store": store}
         out |= inception_scores(x, train, fresh, weights, **more, device=options.get("device", "cpu"))
-    return out
+    return out | fidelity(samples, held_out, options.get("facts") or {}, seed=seed)
 
 
 def _real(

@@ -16,6 +16,7 @@ from torch import Tensor
 from polydiff.core.adapter import Fragment, Item
 from polydiff.core.tree import State, leaves
 from polydiff.modalities.image.codec import Codec
+from polydiff.modalities.image.condition import NAME
 
 T = TypeVar("T")
 
@@ -24,6 +25,7 @@ TILES = 64  # images of a grid without classes
 ROWS = 16  # classes that get a row each
 STRIPS = 8
 PAIRS = 16
+GIVEN = 32  # pictures that samples were made of
 CHUNK = 1024  # reference images compared at once
 SMALL = 128  # sides up to here are drawn as crisp squares
 STILL = 512  # least length of the longer side of the PNG
@@ -35,6 +37,7 @@ STYLE = """<style>
 .iv-tiles { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); gap: 4px; }
 .iv-strips .iv-tiles { min-width: calc(var(--columns) * 34px); max-width: calc(var(--columns) * 84px); margin-bottom: 4px; }
 .iv-near { display: grid; grid-template-columns: repeat(auto-fill, minmax(max(64px, 12.5% - 14px), 1fr)); gap: 18px 14px; }
+.iv-given { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least)), 1fr)); gap: 12px 36px; }
 .iv-near figcaption { color: var(--soft, #777); font-size: 13px; text-align: center; font-variant-numeric: tabular-nums; }
 .iv img { display: block; width: 100%; height: auto; border-radius: 2px; box-shadow: 0 0 0 1px var(--line, #ddd); }
 .iv img.crisp { image-rendering: pixelated; }
@@ -48,20 +51,28 @@ def view(samples: Sequence[Item], reference: Sequence[Item]) -> Fragment:
 
     Args:
         samples: one or more; ``cond["label"]`` or ``meta["label"]`` orders them, ``meta["trajectory"]``
-            (k, C, H, W) gives the filmstrip.
+            (k, C, H, W) gives the filmstrip. Those made of a picture, ``cond["image"]``, are shown between it and the true
+            one: ``meta["truth"]``, or the real image with the same condition.
         reference: real images; may be fewer than the samples, of other sizes, or none.
     Returns:
         HTML, and a grid of at most 64 samples as PNG.
     """
     ordered = sorted(samples, key=_order)
-    html = f'<div class="iv">{STYLE}{_beside(ordered, reference)}{_filmstrip(ordered)}{_neighbours(ordered, reference)}</div>'
-    return Fragment(html, png=still(_spread(ordered, TILES)))
+    given = triples(samples, reference)
+    first = _given(given) if given else _beside(ordered, reference)
+    html = f'<div class="iv">{STYLE}{first}{_filmstrip(ordered)}{_neighbours(ordered, reference)}</div>'
+    if not given:
+        return Fragment(html, png=still(_spread(ordered, TILES)))
+    rows = [[condition, made[0], *truth] for condition, made, truth in given]
+    rows = [row for row in _spread(rows, TILES // 3) if len(row) == len(rows[0])]
+    across = max(1, round(math.sqrt(len(rows) / len(rows[0]))))
+    return Fragment(html, png=still([Item(x) for row in rows for x in row], columns=across * len(rows[0])))
 
 
-def still(samples: Sequence[Item]) -> bytes:
+def still(samples: Sequence[Item], columns: int = 0) -> bytes:
     """A grid of images as PNG, enlarged without blur to 512 pixels or a little more, with transparent gaps."""
     images = [_rgb(_pixels(item.x)) for item in samples]
-    columns = math.ceil(math.sqrt(len(images)))
+    columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
     scale = max(1, math.ceil(STILL / max(rows * height, columns * width)))
@@ -74,6 +85,43 @@ def still(samples: Sequence[Item]) -> bytes:
         grid[top : top + large.shape[0], left : left + large.shape[1], :3] = large
         grid[top : top + large.shape[0], left : left + large.shape[1], 3] = 255
     return _png(grid)
+
+
+def triples(samples: Sequence[Item], reference: Sequence[Item]) -> list[tuple[State, list[State], list[State]]]:
+    """The pictures that samples were made of, each with those samples and with the true picture where it is known."""
+    real = {_key(item): item.x for item in reference if NAME in item.cond}
+    groups: dict[bytes, tuple[State, list[State], list[State]]] = {}
+    for item in samples:
+        if NAME in item.cond:
+            truth = item.meta.get("truth", real.get(_key(item)))
+            group = groups.setdefault(_key(item), (item.cond[NAME], [], [] if truth is None else [truth]))
+            group[1].append(item.x)
+    return list(groups.values())
+
+
+def _key(item: Item) -> bytes:
+    return item.cond[NAME].cpu().numpy().tobytes()
+
+
+def _given(groups: Sequence[tuple[State, list[State], list[State]]]) -> str:
+    """What was given, what was made of it and what is true, a row for each picture that was given."""
+    shown = _spread(groups, GIVEN)
+    many = min(COLUMNS - 2, max(len(made) for _, made, _ in shown))
+    columns = 1 + many + any(truth for _, _, truth in shown)
+    rows = "".join(
+        f'<div class="iv-tiles" style="--columns:{columns}">{_image(condition, "Given")}'
+        + "".join(_image(x, "Generated") for x in made[:many])
+        + "<span></span>" * (many - len(made))
+        + "".join(_image(x, "True") for x in truth)
+        + "</div>"
+        for condition, made, truth in shown
+    )
+    made = "the samples made of it" if many > 1 else "the sample made of it"
+    true = ", last the true one" if columns > 1 + many else ""
+    return (
+        f'<h4>Given and generated</h4><p class="note">First the picture that was given, then {made}{true}.</p>'
+        f'<div class="iv-given" style="--least:{columns * 56}px">{rows}</div>'
+    )
 
 
 def _beside(samples: Sequence[Item], reference: Sequence[Item]) -> str:
