@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,10 @@ from polydiff.core.request import Asked, Settings, asked, check_fields, positive
 from polydiff.core.sampling import sample
 from polydiff.core.training import checkpoint as checkpoints
 from polydiff.core.training.state import load_weights
-from polydiff.core.tree import State, move, tree_map
+from polydiff.core.tree import State, leaves, move, tree_map
+
+MOST_SAMPLES = 1_000_000  # in one call, and
+MOST_NUMBERS = 2**31  # in all of them together: 8 GiB
 
 
 class Run:
@@ -101,6 +104,7 @@ class Run:
         batch: int = 64,
         trajectory: int = 0,
         deterministic_batch: int | None = None,
+        advance: Callable[[int], None] | None = None,
     ) -> list[Item]:
         """Draw samples.
 
@@ -117,17 +121,20 @@ class Run:
             batch: items in a network call.
             trajectory: keep this many predicted clean states of each item in ``meta["trajectory"]``, (k, *dims).
             deterministic_batch: pad every network call to this many items: bit-identical for any n.
+            advance: called with the number of items after each batch of them.
 
         Returns:
             Items in normalised form, on the CPU; ``run.adapter.codec(run.facts).decode`` turns them into raw arrays.
 
         Raises:
-            ConfigError: a number below 1, a label out of range, an unknown name, guidance without a condition.
+            ConfigError: a number below 1, more samples than ``check_count`` allows, a label out of range, an unknown
+                name, guidance without a condition.
             DivergenceError: a sample is not finite.
         """
         settings = self.settings(solver, grid, steps, guidance)
         width = batch if deterministic_batch is None else deterministic_batch
         positive(**{"n": n, "batch" if deterministic_batch is None else "deterministic_batch": width})
+        self.check_count(n, size)
         wanted = self._asked(cond or {}, n, size or {})
         values = [item.cond for item in wanted]
         if guidance is not None and guidance != 1 and not any(value.keys() - self._settings for value in values):
@@ -135,22 +142,37 @@ class Run:
             raise ConfigError(
                 f"guidance={guidance} needs a condition to guide towards: {', '.join(able) or '(this model has none)'}"
             )
-        blanks = [self._blank(size or {}, value) for value in values]
         items: dict[int, Item] = {}
         for indices in _chunks([frozenset(value) for value in values], width):
             padded = indices + indices[-1:] * (0 if deterministic_batch is None else width - len(indices))
-            x, frames = self._draw([blanks[i] for i in padded], padded, settings, seed, trajectory)
+            blanks = [self._blank(size or {}, values[i]) for i in padded]
+            x, frames = self._draw(blanks, padded, settings, seed, trajectory)
             for row, i in enumerate(indices):
-                like, meta = blanks[i].x, {"files": wanted[i].files} if wanted[i].files else {}
+                like, meta = blanks[row].x, {"files": wanted[i].files} if wanted[i].files else {}
                 if frames:
                     own = [_cut(frame, row, like) for frame in frames]
                     meta["trajectory"] = tree_map(lambda *leaf: torch.stack(leaf), *own)
-                items[i] = Item(_cut(x, row, like), blanks[i].mask, values[i], f"sample-{i:05d}", meta)
+                items[i] = Item(_cut(x, row, like), blanks[row].mask, values[i], f"sample-{i:05d}", meta)
+            if advance is not None:
+                advance(len(indices))
         return [items[i] for i in range(n)]
 
     def conditions(self, cond: Mapping[str, Any], n: int) -> list[dict[str, Tensor]]:
         """Conditions of n items; see :meth:`sample` for what ``cond`` may hold."""
         return [item.cond for item in self._asked(cond, n, {})]
+
+    def check_count(self, n: int, size: Mapping[str, Any] | None = None) -> None:
+        """Refuse more samples than one call may return: 1,000,000, and 2^31 numbers (8 GiB) in all of them together.
+
+        Raises:
+            ConfigError: naming how many of this size are allowed.
+        """
+        numbers = sum(leaf.numel() for leaf in leaves(self._blank(size or {}, {}).x))
+        most = min(MOST_SAMPLES, max(1, MOST_NUMBERS // max(1, numbers)))
+        if n > most:
+            raise ConfigError(
+                f"n={n} must be at most {most} for samples of this size: draw more in parts, by their seeds"
+            )
 
     def dataset(self, split: str, path: str | Path | None = None) -> Any:
         """The data set this run was trained on, one split of it.

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from polydiff.core.adapter import Metric
-from polydiff.core.errors import ConfigError
 from polydiff.core.evaluation.bootstrap import interval
 from polydiff.core.evaluation.features import digest, remembered
 from polydiff.core.evaluation.frechet import KernelStatistic, Moments, frechet_distance, frechet_interval, moments
@@ -29,33 +28,32 @@ def ready(options: Mapping[str, Any]) -> Path | str:
     """The weights file to use, or why there are no such measures: one line, empty when they were not asked for.
 
     Nothing is downloaded. The file must be what its name says: the name ends with the first digits of its SHA-256.
+    No fault ends an evaluation whose samples are drawn already: it costs these two measures.
 
     Args:
         options: ``inception`` (``auto`` or ``off``; absent is off) and ``inception_weights``, a file, or None to look
             where torch keeps downloads.
-    Raises:
-        ConfigError: another value, or a file that was named but is missing or is not what its name says.
     """
-    mode, given = options.get("inception", "off"), options.get("inception_weights")
-    if mode not in ("auto", "off"):
-        raise ConfigError(f"inception={mode} must be auto or off")
-    if mode == "off":
+    if options.get("inception", "off") == "off":
         return ""
+    given = options.get("inception_weights")
     file = Path(given) if given else Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
-    if given and not file.is_file():
-        raise ConfigError(f"inception_weights={file}: no such file; it is published at {ADDRESS}")
     if importlib.util.find_spec("torch_fidelity") is None:
         return "no FID: torch-fidelity is not installed; get it with: pip install 'polydiff[fid]'"
     if not file.is_file():
         return f"no FID: the Inception weights are not on this machine; save {ADDRESS} as {file}"
-    said = re.search(r"-([0-9a-f]{8,64})\.pth$", file.name)
-    with file.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
+    said, found = re.search(r"-([0-9a-f]{8,64})\.pth$", file.name), sha256(file)
     if said is None or not found.startswith(said[1]):
-        raise ConfigError(
-            f"{file}: its SHA-256 begins with {found[:8]}, which its name does not end with; save {ADDRESS}"
+        return (
+            f"no FID: the SHA-256 of {file} begins with {found[:8]}, which its name does not end with; save {ADDRESS}"
         )
     return file
+
+
+def sha256(file: Path) -> str:
+    """Digest of a file."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def extractor(weights: Path, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
@@ -117,12 +115,8 @@ def inception_scores(
         known = {"mean": fitted.mean, "cov": fitted.cov, "thin": subset(real, LIMIT, 0)}
         return known if fresh is None else {**known, "fresh": features(fresh)}
 
-    with weights.open("rb") as content:
-        identity = {
-            "weights": hashlib.file_digest(content, "sha256").hexdigest(),
-            "train": digest(train),
-            "held_out": None if fresh is None else digest(fresh),
-        }
+    seen = None if fresh is None else digest(fresh)
+    identity = {"weights": sha256(weights), "train": digest(train), "held_out": seen}
     known, own = remembered(store, "inception", identity, compute), features(x)
     fitted, thin, n = Moments(known["mean"], known["cov"], len(train)), known["thin"], len(x)
     kernel = KernelStatistic(own, thin)

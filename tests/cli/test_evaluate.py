@@ -7,7 +7,9 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+import torch
 
+from polydiff.core.commands.evaluate import representative
 from polydiff.core.run import Run
 
 Command = Callable[..., tuple[int, str, str]]
@@ -25,15 +27,21 @@ def test_a_run_is_scored_against_its_data_with_the_conditions_of_the_held_out_it
     assert (code, error) == (0, "")
     result = json.loads((run / "evaluation/metrics.json").read_text())
     expected = {"checkpoint_step": 40, "n": 60, "seeds": [4, 5], "steps": 3, "guidance": 1.5, "solver": "dpmpp-2m"}
+    expected |= {"split": "test", "reference": "train", "n_reference": 8000, "n_held_out": 2000}
     assert expected.items() <= result.items()
+    assert {*result["seconds"]} == {"sampling", "features", "measures"}
+    assert result["seconds"]["sampling"] > 0
+    assert result["seconds"]["measures"] > 0
+    assert f"sampling {result['seconds']['sampling']:.1f} s, features 0.0 s, measures " in out
 
     trained = Run.load(run)
     train, held_out = ([*trained.dataset(split)] for split in ("train", "test"))
-    labels = [item.cond["label"] for item in held_out]
+    labels = [int(item.cond["label"]) for item in held_out]
+    asked = [labels[i] for i in representative([item.cond for item in held_out], 60)]
+    assert (labels.count(0), asked.count(0)) == (962, 29)
     scores = []
     for seed in (4, 5):
-        samples = trained.sample(60, {"label": labels}, steps=3, guidance=1.5, seed=seed)
-        assert [item.cond["label"] for item in samples] == labels[:60]
+        samples = trained.sample(60, {"label": asked}, steps=3, guidance=1.5, seed=seed)
         scores.append(trained.adapter.metrics(samples, train, {"held_out": held_out, "seed": seed}))
     assert {*result["metrics"]} == {*scores[0]}
     for name, entry in result["metrics"].items():
@@ -47,6 +55,38 @@ def test_a_run_is_scored_against_its_data_with_the_conditions_of_the_held_out_it
         assert f"{entry['value']:.4g}" in out
     assert "60 samples, dpmpp-2m on karras, 3 steps, guidance 1.5, mean of 2 seeds" in out
     assert f"wrote {run / 'evaluation/metrics.json'}" in out
+
+
+def test_results_of_other_settings_are_kept_and_those_of_the_same_replaced(polydiff: Command, run: Path) -> None:
+    file, words = run / "evaluation/metrics.json", ["evaluate", f"run={run}", "n=20"]
+    said = [polydiff(*words, f"steps={steps}") for steps in (1, 2, 1, 2, 3)]
+    assert [code for code, *_ in said] == [0] * 5
+    result = json.loads(file.read_text())
+    assert (result["steps"], [entry["steps"] for entry in result["earlier"]]) == (3, [2, 1])
+    assert all("metrics" in entry and "earlier" not in entry for entry in result["earlier"])
+    assert "(2 earlier results of other settings are kept in it)" in said[-1][1]
+    assert "earlier" not in said[0][1]
+    for damage in ("[1, 2]", "{", '{"earlier": 3}', ""):
+        file.write_text(damage)
+        assert polydiff(*words, "steps=1")[0] == 0
+        assert json.loads(file.read_text())["steps"] == 1
+
+
+@pytest.mark.parametrize(("m", "n"), [(100, 7), (100, 99), (100, 100), (100, 350), (7, 3)])
+def test_fewer_samples_than_items_have_the_classes_in_the_same_shares(m: int, n: int) -> None:
+    classes = torch.randint(5, (m,), generator=torch.Generator().manual_seed(m + n)).square() // 4
+    chosen = representative([{"label": k, "hint": torch.zeros(2)} for k in classes], n)
+    assert len(chosen) == n
+    if n >= m:
+        assert chosen == [i % m for i in range(n)]
+        return
+    assert chosen == sorted({*chosen})
+    counts = classes[torch.tensor(chosen)].bincount(minlength=5)
+    assert (counts - classes.bincount(minlength=5) * n / m).abs().max() <= 1
+
+
+def test_without_conditions_the_items_are_spread_evenly() -> None:
+    assert representative([{}] * 10, 5) == [1, 3, 5, 7, 9]
 
 
 def test_by_default_every_held_out_item_has_its_sample(polydiff: Command, run: Path) -> None:
@@ -93,6 +133,9 @@ def test_folders_of_files_are_compared_too(polydiff: Command, refused: Command, 
         (["split=tset"], "no items in split 'tset'; it has: test (2000), train (8000)"),
         (["data=nothing.h5"], "nothing.h5"),
         (["n=1", "steps=1"], "at least 2"),
+        (["n=1000001"], "n=1000001 must be at most 1000000 for samples of this size"),
+        (["inception=on"], "inception=on must be auto or off"),
+        (["inception_weights=nothing.pth"], "inception_weights=nothing.pth: no such file"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(refused: Command, run: Path, words: list[str], message: str) -> None:

@@ -1,6 +1,7 @@
 """``polydiff sample``: files an independent program can read, a record beside them, and nothing overwritten."""
 
 import ctypes
+import fcntl
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from polydiff.core.progress import progress
 from polydiff.core.run import Run
 
 Command = Callable[..., tuple[int, str, str]]
@@ -96,6 +98,7 @@ def test_other_formats_are_the_adapters(polydiff: Command, refused: Command, run
     [
         (["n=-1"], "n=-1 must be at least 1"),
         (["n=0"], "n=0 must be at least 1"),
+        (["n=1000001"], "n=1000001 must be at most 1000000 for samples of this size"),
         (["steps=0"], "steps=0 must be at least 1"),
         (["batch=0"], "batch=0 must be at least 1"),
         (["deterministic_batch=0"], "deterministic_batch=0 must be at least 1"),
@@ -129,6 +132,41 @@ def test_what_lies_beside_samples_is_kept(polydiff: Command, refused: Command, r
     assert (first / "metrics.json").read_text() == "{}"
     assert sorted(path.name for path in samples.iterdir()) == [first.name, f"{first.name}-2"]
     assert "also holds metrics.json" in refused("sample", *words, f"out={first}")
+
+
+def test_the_draft_of_a_killed_process_goes_and_that_of_a_living_one_stays(polydiff: Command, run: Path) -> None:
+    samples = run / "samples"
+    dead, young, living, other = (
+        samples / name for name in (".ddim-1-seed0.dead0000", ".ddim-1-seed0.young000", ".ddim-1-seed0.living00", ".x")
+    )
+    for draft in (dead, young, living, other):
+        draft.mkdir(parents=True)
+        (draft / "sample-00000.csv").write_text("x,y")
+        if draft != young:
+            os.utime(draft, (1e9, 1e9))
+    descriptor = os.open(living, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        assert polydiff("sample", f"run={run}", "n=1", "steps=1", "solver=ddim")[0] == 0
+    finally:
+        os.close(descriptor)
+    assert {*samples.iterdir()} == {samples / "ddim-1-seed0", young, living, other}
+
+
+def test_long_work_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("polydiff.core.progress.time.monotonic", lambda: float(next(clock)))
+    with progress("sample", 400) as advance:
+        for _ in range(4):
+            advance(100)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["sample 200/400  10.0 items/s  20 s left", "sample 400/400  10.0 items/s  0 s left"]
+
+
+def test_a_batch_at_a_time_is_counted(moons_run: Path) -> None:
+    counted: list[int] = []
+    Run.load(moons_run).sample(7, {"label": [0, None]}, steps=1, batch=3, advance=counted.append)
+    assert counted == [3, 1, 3]
 
 
 def test_no_run_is_one_line(refused: Command, tmp_path: Path) -> None:
