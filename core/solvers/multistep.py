@@ -119,7 +119,8 @@ class Multistep(Solver):
     Raises:
         ConfigError: a combination without meaning.
 
-    Source: Song 2020 (DDIM), eq. 12 and 16; Nichol 2021, eq. 15; Lu 2022 (DPM-Solver++), eq. 8 and algorithm 2; Zhang 2023 (DEIS), eq. 14.
+    Source: Song 2020 (DDIM), eq. 12 and 16; Nichol 2021, eq. 15; Lu 2022 (DPM-Solver++), eq. 8 and algorithm 2; Zhang
+    2023 (DEIS), eq. 14.
     """
 
     order: int = 2
