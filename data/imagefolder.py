@@ -89,7 +89,7 @@ def recipe(
     classed, rest = _placed(files, skipped, named, classes)
     store = _Store(name, source, fit, channels)
     if found := store.fill(classed, skipped):
-        skipped += [(file.id, "in no class folder, others are; classes=none takes all") for file in rest]
+        store.refuse(rest, skipped, "in no class folder, others are; classes=none takes all")
     else:
         found = store.fill(rest, skipped)
     skipped.sort()
@@ -230,6 +230,11 @@ class _Store:
                 f"({reason(error)}); set TMPDIR to a folder with more space"
             ) from error
         return found
+
+    def refuse(self, files: list[Found], skipped: list[tuple[str, str]], why: str) -> None:
+        """Put files into ``skipped``: the pictures among them for the reason given, others for their own."""
+        for file, picture in self._pictures(files):
+            skipped.append((file.id, picture if isinstance(picture, str) else why))
 
     def array(self, n: int) -> np.ndarray:
         """The ``n`` pictures stored, (n, height, width, channels), mapped from the file."""

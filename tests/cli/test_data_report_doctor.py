@@ -20,7 +20,7 @@ def test_data_prepares_a_verified_file_and_says_where(polydiff: Command, refused
     assert out.endswith(f"wrote {tmp_path / 'rings.h5'} (verified)\n")
     assert [path.name for path in tmp_path.iterdir()] == ["rings.h5"]
     assert "unknown data set 'ringz': did you mean rings?" in refused("data", "ringz")
-    assert "missing name: a data set's name" in refused("data")
+    assert "missing data: a data set's name" in refused("data")
     assert "is embedded: leave out source=" in refused("data", "rings", f"source={tmp_path}")
 
 
