@@ -146,7 +146,8 @@ class Trainer:
             denoiser, ema, optimizer, Meter(("loss", "grad_norm", *self.names), self.runtime.device)
         )
         if self.options["compile"]:
-            getattr(denoiser, "network", denoiser).compile()
+            # Batches of training have one shape; the copy that is averaged, which samples, is not compiled.
+            getattr(denoiser, "network", denoiser).compile(dynamic=False)
         self.module = self.runtime.prepare(_Loss(denoiser, self.parts.objective))
         if found is None:
             seed_rng(self.seed, self.runtime)

@@ -1,10 +1,13 @@
-"""Bar "U-Net speed": forward, backward and Adam of ~10 M parameters, batch 4 of 3x32x32, beside peers.
+"""Bar "U-Net speed": forward, backward and Adam of ~10 M parameters on pictures of 3x32x32, beside peers.
 
-    python tests/benchmarks/unet_peers.py [device=cpu] [threads=2] [rounds=8] [batch=4] [compile=false] [dtype=float32]
+    python tests/benchmarks/unet_peers.py [threads=2] [rounds=8] [batch=4] [compile=false] [dtype=float32]
+    python tests/benchmarks/unet_peers.py device=cuda [rounds=20] [batch=256] [compile=true] [dtype=bfloat16] [peak=TFLOPS]
 
 Peers come from the package index into a virtual environment of their own (``pip install polydiff diffusers azula``); one
 that is missing is left out, without diffusers there is no bar and the exit code is 2. All networks take the noise level as
-input, have the same dtype, compile flag, threads and optimiser, and are timed in turn: a busy machine slows all alike.
+input, have the same dtype, compile flag, memory layout, threads and optimiser, and are timed in turn: a busy machine slows
+all alike. MFU is the operations of matrix products and convolutions over time over the device's peak (``peak=``, in TFLOP/s,
+replaces the table's). ``channels_last=`` and ``warmup=`` rounds may be given, too.
 The bar stands against the fastest of diffusers' shapes, whose widths are multiples of its 32 groups; exit code 1 on a miss.
 """
 
@@ -13,36 +16,53 @@ from __future__ import annotations
 import importlib.util
 import platform
 import sys
-import time
 from collections.abc import Callable
-from statistics import median
 
 import torch
+from _device import interleaved, operations, options, peak, placed, utilisation
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from polydiff.core.nn.unet import UNet
 
+DEFAULTS = {
+    "device": "cpu",
+    "threads": "2",
+    "rounds": "8",
+    "warmup": "2",
+    "batch": "4",
+    "compile": "false",
+    "dtype": "float32",
+    "channels_last": "false",
+    "peak": "",
+}
+ON_CUDA = {
+    "rounds": "20",
+    "warmup": "5",
+    "batch": "256",
+    "compile": "true",
+    "dtype": "bfloat16",
+    "channels_last": "true",
+}
 BAR = {"cpu": 0.8, "cuda": 0.7}
 PARAMETERS = 10e6
 Call = Callable[[Tensor, Tensor], Tensor]
 
 
-def polydiff_unet() -> tuple[nn.Module, Call]:
-    """Ours: most blocks and all attention where the field is small."""
-    network = UNet(2, 3, channels=64, multipliers=(1, 2, 2, 3), blocks=(1, 2, 3, 2), middle=0, attention=(-2, -1))
+def polydiff_unet(field: int = 3) -> tuple[nn.Module, Call]:
+    """Ours, for a field of that many channels: most blocks and all attention where it is small."""
+    network = UNet(2, field, channels=64, multipliers=(1, 2, 2, 3), blocks=(1, 2, 3, 2), middle=0, attention=(-2, -1))
     return network, lambda x, c_noise: network(x, c_noise)
 
 
-def diffusers_unet(*widths: int) -> tuple[nn.Module, Call]:
+def diffusers_unet(*widths: int, field: int = 3) -> tuple[nn.Module, Call]:
     """UNet2DModel with its defaults, attention on the smallest field."""
     from diffusers import UNet2DModel  # type: ignore[import-not-found]
 
     plain = len(widths) - 1
     network = UNet2DModel(
         sample_size=32,
-        in_channels=3,
-        out_channels=3,
+        in_channels=field,
+        out_channels=field,
         block_out_channels=widths,
         down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D",),
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * plain,
@@ -71,17 +91,15 @@ NETWORKS = {
 
 def main(words: list[str]) -> int:
     """Time all networks in turn and print a table."""
-    options = {"device": "cpu", "threads": "2", "rounds": "8", "batch": "4", "compile": "false", "dtype": "float32"}
-    given = dict(word.partition("=")[::2] for word in words)
-    if wrong := given.keys() - options:
-        print(f"unknown option {min(wrong)!r}; valid: {', '.join(options)}")
-        return 2
-    options |= given
-    device, dtype = torch.device(options["device"]), getattr(torch, options["dtype"])
-    torch.set_num_threads(int(options["threads"]))
+    given = options(words, DEFAULTS, ON_CUDA)
+    device, dtype = torch.device(given["device"]), getattr(torch, given["dtype"])
+    torch.set_num_threads(int(given["threads"]))
     torch.manual_seed(0)
-    x = torch.randn(int(options["batch"]), 3, 32, 32, device=device)
+    x = torch.randn(int(given["batch"]), 3, 32, 32, device=device)
     c_noise = torch.rand(len(x), device=device)
+    channels_last = given["channels_last"] == "true"
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
     steps: dict[str, Callable[[], None]] = {}
     columns: dict[str, tuple[float, float]] = {}
     for name, (package, build) in NETWORKS.items():
@@ -89,18 +107,23 @@ def main(words: list[str]) -> int:
             print(f"{name}: left out, {package} is not installed here")
             continue
         network, call = build()
-        network.to(device)
-        with FlopCounterMode(display=False) as counter:
-            call(x, c_noise).square().mean().backward()
-        columns[name] = (sum(p.numel() for p in network.parameters()), counter.get_total_flops())
-        steps[name] = training_step(network, call, x, c_noise, dtype, compiled=options["compile"] == "true")
-    times = interleaved(steps, int(options["rounds"]), device)
+        placed(network, device, channels_last=channels_last)
+        step = training_step(network, call, x, c_noise, dtype, compiled=False)
+        columns[name] = (sum(p.numel() for p in network.parameters()), operations(step))
+        steps[name] = training_step(network, call, x, c_noise, dtype, compiled=given["compile"] == "true")
+    times = interleaved(steps, int(given["rounds"]), device, int(given["warmup"]))
     reference = min((times[name] for name in times if name.startswith("diffusers")), default=None)
-    print(f"{platform.processor() or platform.machine()}, {options}, torch {torch.__version__}")
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    print(f"{where}, {given}, torch {torch.__version__}")
+    most = peak(device, dtype, given["peak"])
     for name, seconds in times.items():
         size, work = columns[name]
         share = f"{seconds / reference:6.2f}" if reference else ""
-        print(f"{name:26s} {size / 1e6:6.2f} M {work / 1e9:8.1f} GFLOP {1e3 * seconds:8.1f} ms {share}")
+        mfu = utilisation(work, seconds, most)
+        print(
+            f"{name:26s} {size / 1e6:6.2f} M {work / 1e9:8.1f} GFLOP {1e3 * seconds:8.1f} ms {share}"
+            f" {len(x) / seconds:8.0f} items/s, MFU {mfu}"
+        )
     if reference is None:
         return 2
     fits = all(abs(columns[name][0] / PARAMETERS - 1) <= 0.05 for name in times)
@@ -115,7 +138,7 @@ def training_step(
 ) -> Callable[[], None]:
     """One step of training: forward, backward, Adam."""
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=True)
-    run = torch.compile(call) if compiled else call
+    run = torch.compile(call, dynamic=False) if compiled else call
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -125,20 +148,6 @@ def training_step(
         optimizer.step()
 
     return step
-
-
-def interleaved(steps: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each, taken in turn, after two warm-up rounds."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for k in range(rounds + 2):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if k >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: median(values) for name, values in seconds.items()}
 
 
 if __name__ == "__main__":
