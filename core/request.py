@@ -250,7 +250,9 @@ def _short(text: str) -> str:
 def _as_list(value: Any, condition: Condition) -> list[Any]:
     if condition.kind == "class":
         return list(value) if isinstance(value, list | tuple | range) or getattr(value, "ndim", 0) == 1 else [value]
-    if isinstance(value, list | tuple) and any(isinstance(entry, str | Path | Tensor | None) for entry in value):
+    if isinstance(value, list | tuple) and (
+        not value or any(isinstance(entry, str | Path | Tensor | None) for entry in value)
+    ):
         return list(value)
     try:
         is_list = value is not None and torch.as_tensor(value).ndim == len(condition.shape or ()) + 1

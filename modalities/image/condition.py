@@ -53,7 +53,7 @@ class LowResolution:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Pictures (..., c, h, w) in [-1, 1], sides divisible by the factor -> conditions of the same shape."""
-        small = _bytes(F.avg_pool2d(_bytes(x).flatten(0, -4), self.factor), half_up=True)
+        small = _bytes(F.avg_pool2d(_bytes(x).reshape(-1, *x.shape[-3:]), self.factor), half_up=True)
         return self._enlarged(_normalised(small)).reshape(x.shape)
 
     def check(self, size: Mapping[str, Any]) -> None:
