@@ -152,6 +152,9 @@ class Objective:
             weight_of_bound = chain.pop("weight", 0.001)
             if not 0 <= weight_of_bound < math.inf:
                 raise ConfigError(f"objective.variance.weight={weight_of_bound} must be finite and at least 0")
+            for key in chain:
+                if key not in ("steps", "bins"):
+                    raise unknown("option", f"objective.variance.{key}", ("weight", "steps", "bins"))
             self.bound = VariationalBound(process, **chain)
             self.terms["vlb"] = (self._vlb, weight_of_bound)
 

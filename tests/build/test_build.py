@@ -47,6 +47,18 @@ def test_every_section_reaches_its_object(config: dict[str, Any]) -> None:
     assert sum(p.shape[0] == 16 for p in built.denoiser.parameters()) > 3
 
 
+def test_a_second_head_and_the_loss_that_trains_it_need_each_other(config: dict[str, Any]) -> None:
+    hybrid = compose(["experiment=toy2d", "objective=hybrid", "objective.variance.bins=null"])
+    built = build(hybrid, FACTS)
+    assert {*built.objective.terms} == {"vlb"}
+    assert built.objective.terms["vlb"][1] == 0.001
+    assert (built.objective.bound.steps, built.objective.bound.bins) == (1000, None)
+    assert built.denoiser(torch.zeros(2, 2), torch.tensor(0.5)).variance.tolist() == [[0.5, 0.5]] * 2
+    for broken in (changed(hybrid, "network.variance", False), changed(config, "network.variance", True)):
+        with pytest.raises(ConfigError, match="need each other: take objective=hybrid"):
+            build(broken, FACTS)
+
+
 def test_conditions_are_those_the_data_have(config: dict[str, Any]) -> None:
     assert {*build(config, FACTS).denoiser.conditions} == {"label"}
     assert {*build(config, {**FACTS, "classes": {}}).denoiser.conditions} == set()

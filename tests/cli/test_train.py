@@ -36,6 +36,25 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_a_learned_variance_is_trained_resumed_and_sampled(
+    polydiff: Command, refused: Callable[..., str], here: Path, data_folder: Path
+) -> None:
+    small = [word for word in SMALL if not word.startswith("trainer.steps")]
+    hybrid = [*small, "objective=hybrid", "objective.variance.bins=null", "process=vp", "trainer.log_every=1"]
+    for steps in (4, 6):
+        assert polydiff("train", *hybrid, "trainer.precision=bf16", f"trainer.steps={steps}", "run=a")[0] == 0
+    lines = [json.loads(line) for line in Path("a/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(0 < line["vlb"] < 100 and line["skipped"] == 0 for line in lines)
+    for solver in ("ddpm-learned", "ddim"):
+        assert polydiff("sample", "run=a", "n=3", f"solver={solver}", "steps=4", "guidance=2", "cond.label=0")[0] == 0
+    assert polydiff("train", *SMALL, "run=b")[0] == 0
+    assert "second head: train with objective=hybrid" in refused("sample", "run=b", "n=3", "solver=ddpm-learned")
+    assert "unknown option 'objective.variance.stepz'" in refused(
+        "train", *hybrid, "objective.variance.stepz=3", "run=c"
+    )
+
+
 def test_a_run_is_trained_finished_continued_and_begun_anew(polydiff: Command, here: Path, data_folder: Path) -> None:
     code, out, error = polydiff("train", *SMALL)
     run = Path("runs/toy2d")
