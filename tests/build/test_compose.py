@@ -50,7 +50,8 @@ def test_every_data_set_has_a_choice_and_its_options_are_those_of_its_adapter() 
         config = compose([TOY, f"data={name}"])["data"]
         assert (config["name"], config["path"]) == (name, None)
         adapter = adapters.load(entry.modality)
-        assert len(adapter.dataset(data.locate(name), "test", **config["options"]))
+        path = data.locate(name if entry.embedded else adapter.default_data)
+        assert len(adapter.dataset(path, "test", **config["options"]))
 
 
 def test_the_network_groups_name_every_option_of_their_networks() -> None:
@@ -85,7 +86,7 @@ def test_values_keep_their_type() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "missing experiment=NAME: one of image-digits, toy2d"),
+        ([], "missing experiment=NAME: one of image-cifar10, "),
         (["experiment=toy2"], "unknown experiment 'toy2': did you mean toy2d?"),
         ([TOY, "data=ring"], "unknown data 'ring': did you mean rings"),
         ([TOY, "netwrk=unet"], "unknown key 'netwrk': did you mean network"),
