@@ -100,10 +100,10 @@ def frechet_interval(x: Tensor, reference: Moments, *, strata: Tensor | None = N
     )
     parts = (part.double() - own.mean for part in x.split(MOMENT_ROWS))
     influence = torch.cat([((y @ curved) * y).sum(1) + 2 * y @ (own.mean - reference.mean) for y in parts])
-    if strata is not None:
-        _, group, count = strata.unique(return_inverse=True, return_counts=True)
-        sums = influence.new_zeros(len(count)).index_add_(0, group, influence)
-        influence = influence - (sums / count)[group]
+    groups = torch.zeros(len(x), dtype=torch.int64) if strata is None else strata
+    _, group, count = groups.unique(return_inverse=True, return_counts=True)
+    sums = influence.new_zeros(len(count)).index_add_(0, group, influence)
+    influence = influence - (sums / count)[group]
     value = frechet_distance(own, reference)
     reach = 1.96 * float(influence.square().mean().sqrt()) / len(x) ** 0.5
     return max(value - reach, 0.0), value + reach

@@ -12,7 +12,7 @@ import torch
 from polydiff.core.adapter import Item
 from polydiff.core.errors import DataError
 from polydiff.core.evaluation.classifier import FeatureClassifier, Settings, _warp, classify, extract
-from polydiff.core.evaluation.features import labels, obtain, principal, stack
+from polydiff.core.evaluation.features import labels, obtain, principal, remembered, stack
 
 TINY = Settings(steps=60, channels=8, features=8, batch=32)
 
@@ -181,3 +181,64 @@ def test_digits_accuracy_over_seeds(tmp_path: Path):
     truth = labels(train)
     assert truth is not None
     assert float((classify(model, stack(train)) == truth).float().mean()) > 0.99
+
+
+def test_settings_suit_the_size_and_leave_small_items_as_they_were():
+    assert Settings.suited((1, 8, 8)) == Settings.suited((5,)) == Settings()
+    assert [Settings.suited(shape).steps for shape in [(1, 28, 28), (3, 32, 32), (3, 512, 512)]] == [2800, 3200, 6400]
+    assert Settings.suited((3, 32, 32), mirror=True, steps=7) == Settings(mirror=True, steps=7)
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 64, 40), (2, 1000), (1, 20, 20, 20), (1, 3, 900)])
+def test_a_large_item_costs_what_a_small_one_does(shape):
+    model = FeatureClassifier(shape, 3, TINY)
+    first = model.body[0](torch.zeros(1, *shape))
+    assert first[0, 0].numel() <= 400
+    assert model(torch.zeros(2, *shape)).shape == (2, 3)
+
+
+def test_half_of_the_items_are_mirrored_where_that_is_asked_for():
+    x = torch.arange(6.0).expand(200, 1, 6, 6)
+    still = Settings(warp=0.0, shift=0.0, mirror=True)
+    out = _warp(x, still, torch.Generator().manual_seed(0))
+    is_turned = (out - x.flip(-1)).abs().amax((1, 2, 3)) < 1e-5
+    is_kept = (out - x).abs().amax((1, 2, 3)) < 1e-5
+    assert bool((is_turned ^ is_kept).all())
+    assert 70 < int(is_turned.sum()) < 130
+
+
+@pytest.mark.parametrize("shape", [(90, 50), (50, 90)])
+def test_principal_components_by_the_smaller_product(shape):
+    """The faster way for many items and elements, against scikit-learn."""
+    from sklearn.decomposition import PCA
+
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * torch.linspace(1, 9, shape[1])
+    ours = principal(x, 3)(x)
+    theirs = torch.from_numpy(PCA(3, svd_solver="full").fit_transform(x.double().numpy()))
+    theirs = theirs / theirs.var(0).mean().sqrt()
+    torch.testing.assert_close(ours.abs(), theirs.abs(), rtol=1e-8, atol=1e-8)
+
+
+def test_what_was_computed_once_is_remembered_until_it_is_damaged(tmp_path: Path, caplog):
+    calls = []
+
+    def compute() -> dict[str, torch.Tensor]:
+        calls.append(1)
+        return {"a": torch.arange(3.0), "b": torch.eye(2, dtype=torch.float64)}
+
+    for _ in range(2):
+        found = remembered(tmp_path, "thing", {"key": 1}, compute)
+        assert found.keys() == {"a", "b"}
+        assert torch.equal(found["b"], torch.eye(2, dtype=torch.float64))
+    remembered(tmp_path, "thing", {"key": 2}, compute)
+    assert len(calls) == len(list(tmp_path.iterdir())) == 2
+    remembered(None, "thing", {"key": 1}, compute)
+    assert len(calls) == 3
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    assert torch.equal(remembered(tmp_path, "thing", {"key": 1}, compute)["a"], torch.arange(3.0))
+    assert len(calls) == 4
+    assert "computing it anew" in caplog.text
+    (tmp_path / "file").write_text("")
+    remembered(tmp_path / "file", "thing", {}, compute)
+    assert "cannot be stored" in caplog.text

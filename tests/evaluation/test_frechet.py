@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from polydiff.core.errors import DataError
+from polydiff.core.evaluation import frechet
+from polydiff.core.evaluation.bootstrap import interval
 from polydiff.core.evaluation.frechet import (
     KernelStatistic,
     Moments,
@@ -137,3 +140,40 @@ def test_too_few_and_not_finite():
     x[3, 1] = torch.nan
     with pytest.raises(DataError, match="item 3 are not finite"):
         moments(x)
+
+
+def test_the_interval_by_influence_is_that_of_the_bootstrap():
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(6, 6, generator=generator)
+    x, y = torch.randn(3000, 6, generator=generator) @ mix + 0.3, torch.randn(4000, 6, generator=generator)
+    reference, value = frechet.moments(y), frechet.frechet_distance(x, y)
+    low, high = frechet.frechet_interval(x, reference)
+    expected = interval(lambda i: frechet.frechet_distance(x[i], reference), 3000, resamples=400, estimate=value)
+    assert low < value < high
+    assert high - low == pytest.approx(expected[1] - expected[0], rel=0.15)
+
+    groups = (x.norm(dim=1) > x.norm(dim=1).median()).long()  # classes chosen, not drawn: their scatter is left out
+    narrow = frechet.frechet_interval(x, reference, strata=groups)
+    strata = interval(lambda i: frechet.frechet_distance(x[i], reference), 3000, resamples=400, strata=groups)
+    assert narrow[1] - narrow[0] == pytest.approx(strata[1] - strata[0], rel=0.15)
+    assert narrow[1] - narrow[0] < 0.97 * (high - low)
+
+
+def test_blocks_change_no_number(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(70, 5, generator=generator), torch.randn(50, 5, generator=generator)
+    index = torch.randint(70, (4, 70), generator=generator)
+    whole = frechet.moments(x), frechet.KernelStatistic(x, y).many(index)
+    monkeypatch.setattr(frechet, "BLOCK_ELEMENTS", 300)
+    monkeypatch.setattr(frechet, "MOMENT_ROWS", 9)
+    parts = frechet.moments(x), frechet.KernelStatistic(x, y).many(index)
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(whole[0].cov, torch.from_numpy(np.cov(x.double().numpy(), rowvar=False)))
+    kernel = lambda a, b: (a.double() @ b.double().T / 5 + 1) ** 3
+    for row, value in zip(index, whole[1], strict=True):  # pairs of different originals only, as drawn
+        pairs = kernel(x[row], x[row])[row[:, None] != row].mean()
+        off = kernel(y, y)[~torch.eye(50, dtype=torch.bool)].mean()
+        assert float(value) == pytest.approx(float(pairs + off - 2 * kernel(x[row], y).mean()), rel=1e-10)
+    assert frechet.KernelStatistic(x, y)(index[1]) == pytest.approx(float(whole[1][1]), rel=1e-12)
+    ends = interval(frechet.KernelStatistic(x, y), 70)
+    assert ends == pytest.approx(interval(lambda i: frechet.KernelStatistic(x, y)(i), 70), rel=1e-10)

@@ -115,3 +115,26 @@ def test_a_near_copy_is_nearer_than_99_percent_of_training_items_are_to_each_oth
     below = first[300:400] - torch.tensor([0.0, 5.5])
     above = first[300:400] - torch.tensor([0.0, 6.5])
     assert originality(torch.cat([below, above]), train)["near_copies"].value == 0.5
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_many_dimensions_give_the_same_neighbours_in_float32_blocks(monkeypatch, copies):
+    """Against SciPy, with offsets that float32 does not survive, duplicates, and several blocks."""
+    from scipy.spatial.distance import cdist
+
+    monkeypatch.setattr(neighbours, "WIDE_ELEMENTS", 1000)
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(120, neighbours.WIDE, generator=generator)
+    y = torch.cat([y * 0.1 + 3] * copies)
+    x = torch.cat([torch.randn(30, neighbours.WIDE, generator=generator) * 0.1 + 3, y[:5], y[5:10] + 1e-5])
+    distance, index = nearest(x, y)
+    expected, where = torch.from_numpy(cdist(x.double(), y.double())).min(1)
+    torch.testing.assert_close(distance, expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(index % 120, where % 120)
+    assert (distance[30:35] == 0).all()
+
+    rows = torch.tensor([7, 3, 100])
+    own = to_others(y, 2, rows)
+    every = torch.cdist(y.double(), y.double(), compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
+    torch.testing.assert_close(own, every[rows].sort(1).values[:, :2], rtol=1e-9, atol=1e-9)
+    assert bool((own[:, 0] == 0).all()) == (copies > 1)

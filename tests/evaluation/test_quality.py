@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from polydiff.core.adapter import Item, Metric, load
 from polydiff.core.errors import DataError
 from polydiff.core.evaluation.bootstrap import interval
-from polydiff.core.evaluation.quality import matched
+from polydiff.core.evaluation.quality import matched, originality, spacing
 from polydiff.data import prepare
 
 
@@ -188,3 +188,59 @@ def test_the_bar_passes_real_digits_and_fails_damaged_ones(digits, capsys, monke
     missing = {**good, "class_accuracy": good["class_accuracy"]._replace(value=float("nan"))}
     assert not bar.judge({1.0: [good], 1.5: [missing]})
     assert "guidance 1.5, intended class: nan" in capsys.readouterr().out
+
+
+def test_the_bars_of_mnist_and_of_sampling_cost_judge(digits, capsys, monkeypatch):
+    """Their judgements on scores whose worth is known; digits stand in for MNIST, whose scale they share."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "bars")
+    mnist, cost, shared = (importlib.import_module(name) for name in ("mnist_quality", "sampling_cost", "_bars"))
+    _, test, score = digits
+    good = score(test)
+    good["class_accuracy"] = good["class_accuracy"]._replace(real=0.995, value=0.985)
+    assert shared.judge(mnist.bars(1.0), {1.0: [good]})
+    mnist.show(good)
+    assert "class_accuracy 0.985" in capsys.readouterr().out
+    for name, change in {"class_accuracy": {"value": 0.97}, "frechet_distance": {"value": 100.0}}.items():
+        assert not shared.judge(mnist.bars(1.0), {1.0: [{**good, name: good[name]._replace(**change)}]})
+    near, far = Metric(1.0, 0.9, 1.2), Metric(1.3, 1.2, 1.4)
+    assert cost.judge("cpu", {10: far, 20: near, 35: near})
+    assert cost.judge("cpu", {10: near, 35: near._replace(value=1.1)})
+    assert not cost.judge("cpu", {10: near, 35: far})
+    assert not cost.judge("cpu", {10: near, 20: near._replace(value=float("nan")), 35: near})
+
+
+def test_a_bar_draws_the_classes_of_the_test_split(moons_run, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "bars")
+    shared = importlib.import_module("_bars")
+    model = shared.trained_run(str(moons_run))
+    train, test = shared.splits(model)
+    assert (len(train), len(test)) == (8000, 2000)
+    samples = shared.draw(model, 50, seed=1, steps=1)
+    share = sum(int(item.cond["label"]) for item in test) / 2000
+    assert sum(int(item.cond["label"]) for item in samples) == pytest.approx(50 * share, abs=1)
+    assert shared.score(model, samples)["outliers"].n == 50
+
+
+def test_what_is_known_of_real_pictures_is_kept_and_used(digits, tmp_path, monkeypatch):
+    _, test, score = digits
+    first = score(test[:40], store=tmp_path)
+    assert len(list(tmp_path.glob("reference-*.safetensors"))) == 1
+    seconds: dict[str, float] = {}
+    with monkeypatch.context() as patch:
+        patch.setattr("polydiff.modalities.image.metrics._real", lambda *_: pytest.fail("computed again"))
+        patch.setattr("polydiff.core.evaluation.features.train", lambda *_, **__: pytest.fail("trained again"))
+        assert score(test[:40], store=tmp_path, seconds=seconds) == first
+    assert seconds["features"] > 0
+    score(test[:40], store=tmp_path, held_out=test[:100])
+    assert len(list(tmp_path.glob("reference-*.safetensors"))) == 2
+
+
+def test_spacing_is_what_originality_finds_by_itself():
+    generator = torch.Generator().manual_seed(0)
+    train, fresh, x = (torch.randn(n, 2, 3, generator=generator) for n in (40, 20, 10))
+    within, near = spacing(train, fresh)
+    assert originality(x, train, fresh, known=(within, near)) == originality(x, train, fresh)
+    far = torch.cdist(train.flatten(1).double(), train.flatten(1).double()).fill_diagonal_(torch.inf)
+    torch.testing.assert_close(within, far.min(1).values)
+    torch.testing.assert_close(near, torch.cdist(fresh.flatten(1).double(), train.flatten(1).double()).min(1).values)
+    assert torch.equal(*spacing(train))
