@@ -107,6 +107,17 @@ class Runtime:
             atexit.register(_leave)
 
 
+def channels_last(module: nn.Module) -> nn.Module:
+    """Store the kernels of convolutions over two axes with their channels last, as the matrix units of a GPU take them.
+
+    Those over one and three axes have other layouts and stay as they are.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return module
+
+
 def _leave() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

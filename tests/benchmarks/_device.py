@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from statistics import median
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 # Dense bf16 TFLOP/s of the matrix units by a part of the device's name, from the makers' data sheets; TF32 runs at half.
@@ -83,9 +82,3 @@ def interleaved(
             if k >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return {name: median(values) for name, values in seconds.items()}
-
-
-def placed(module: nn.Module, device: torch.device, *, channels_last: bool) -> nn.Module:
-    """A module on its device, its convolutions in the memory layout that is asked for."""
-    module.to(device)
-    return module.to(memory_format=torch.channels_last) if channels_last else module  # type: ignore[call-overload]

@@ -19,10 +19,11 @@ import sys
 from collections.abc import Callable
 
 import torch
-from _device import interleaved, operations, options, peak, placed, utilisation
+from _device import interleaved, operations, options, peak, utilisation
 from torch import Tensor, nn
 
 from polydiff.core.nn.unet import UNet
+from polydiff.core.training.runtime import channels_last
 
 DEFAULTS = {
     "device": "cpu",
@@ -97,8 +98,7 @@ def main(words: list[str]) -> int:
     torch.manual_seed(0)
     x = torch.randn(int(given["batch"]), 3, 32, 32, device=device)
     c_noise = torch.rand(len(x), device=device)
-    channels_last = given["channels_last"] == "true"
-    if channels_last:
+    if given["channels_last"] == "true":
         x = x.to(memory_format=torch.channels_last)
     steps: dict[str, Callable[[], None]] = {}
     columns: dict[str, tuple[float, float]] = {}
@@ -107,7 +107,9 @@ def main(words: list[str]) -> int:
             print(f"{name}: left out, {package} is not installed here")
             continue
         network, call = build()
-        placed(network, device, channels_last=channels_last)
+        network.to(device)
+        if given["channels_last"] == "true":
+            channels_last(network)
         step = training_step(network, call, x, c_noise, dtype, compiled=False)
         columns[name] = (sum(p.numel() for p in network.parameters()), operations(step))
         steps[name] = training_step(network, call, x, c_noise, dtype, compiled=given["compile"] == "true")

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from polydiff.core.nn.unet import UNet
 from polydiff.core.training import checkpoint
 from polydiff.core.training.loop import fit
+from polydiff.core.training.runtime import Interrupt, Runtime, channels_last
+from polydiff.core.training.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 
@@ -71,6 +74,32 @@ def test_a_skipped_step_is_not_counted(tmp_path: Path) -> None:
     state = checkpoint.newest(tmp_path / "run/checkpoints").train
     assert float(state["ema/items"]) == 11 * 8
     assert {float(value) for name, value in state.items() if name.endswith("/step")} == {11.0}
+
+
+def test_a_step_never_waits_for_the_device(tmp_path: Path) -> None:
+    config = toy.config(trainer__device=DEVICE)
+    with Interrupt() as interrupt:
+        trainer = Trainer(toy.parts(config), config, tmp_path, Runtime(DEVICE), interrupt)
+        trainer.restore(None, None)
+        batches = trainer._batches()
+        try:
+            for step in range(6):
+                if step == 2:  # the first ones make the state of the optimizer and fill caches
+                    torch.cuda.set_sync_debug_mode("error")
+                trainer._step(batches)
+                trainer.state.step += 1
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert trainer.state.meter.read()["loss"] > 0
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_networks_over_any_number_of_axes_train_with_channels_last(axes: int) -> None:
+    network = channels_last(UNet(axes, 2, channels=8, multipliers=(1, 2), blocks=1).to(DEVICE))
+    x = torch.randn(2, 2, *(8,) * axes, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        (network(x, torch.zeros(2, device=DEVICE)) - x).square().mean().backward()
+    assert float(network.last.bias.grad.abs().sum()) > 0
 
 
 def test_bf16_and_a_compiled_network_train_alike(tmp_path: Path) -> None:
