@@ -57,8 +57,8 @@ def positions(counts: tuple[int, ...], width: int, like: Tensor) -> Tensor:
     rates = 10_000 ** (-torch.arange(m, device=like.device, dtype=torch.float32) / m)
     grid = torch.meshgrid(*(torch.arange(count, device=like.device) for count in counts), indexing="ij")
     angles = [index.flatten()[:, None] * rates for index in grid]
-    waves = torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)
-    return F.pad(waves, (0, width - waves.shape[1])).to(like.dtype)
+    features = torch.cat([feature for angle in angles for feature in (angle.sin(), angle.cos())], dim=1)
+    return F.pad(features, (0, width - features.shape[1])).to(like.dtype)
 
 
 def unit(x: Tensor, scale: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """Diffusion transformer: the field is cut into patches, and every patch attends to all.
 
-    Any size works, since the positions are waves and not learned. The output starts at zero.
+    Any size works, since the positions are not learned. The output starts at zero.
 
     Args:
         axes: 1, 2 or 3.

@@ -57,10 +57,11 @@ def test_every_data_set_has_a_choice_and_its_options_are_those_of_its_adapter() 
 def test_the_network_groups_name_every_option_of_their_networks() -> None:
     import inspect
 
+    from polydiff.core.nn.dit import DiT
     from polydiff.core.nn.mlp import MLP
     from polydiff.core.nn.unet import UNet
 
-    for choice, network in (("mlp", MLP), ("unet", UNet)):
+    for choice, network in (("mlp", MLP), ("unet", UNet), ("dit", DiT)):
         parameters = inspect.signature(network).parameters
         keys = {name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY} - {"conditions"}
         section = compose(["experiment=toy2d", f"network={choice}"])["network"]
