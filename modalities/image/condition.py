@@ -6,7 +6,7 @@ a user gives while sampling and what the network saw in training are the same bi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from polydiff.core.adapter import Item
 from polydiff.core.errors import ConfigError, DataError, unknown
 from polydiff.modalities.image.codec import Codec
 
@@ -158,6 +159,20 @@ def read(path: Path, facts: Mapping[str, Any], size: Mapping[str, Any]) -> Tenso
     if found is None:
         raise DataError(f"{path}: this model takes no picture as condition")
     return found.read(path, size)
+
+
+def same_condition(items: Sequence[Item]) -> dict[bytes, list[Item]]:
+    """Pictures by the condition that belongs to them, those without left out; keys as ``key`` gives them."""
+    groups: dict[bytes, list[Item]] = {}
+    for item in items:
+        if NAME in item.cond:
+            groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def key(item: Item) -> bytes:
+    """What tells the condition of a picture from any other."""
+    return item.cond[NAME].cpu().numpy().tobytes()
 
 
 def _open(path: Path, channels: int) -> Tensor:

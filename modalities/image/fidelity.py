@@ -12,7 +12,7 @@ from polydiff.core.adapter import Item, Metric
 from polydiff.core.evaluation.bootstrap import mean_interval
 from polydiff.core.tree import leaves
 from polydiff.modalities.image.codec import Codec
-from polydiff.modalities.image.condition import NAME, described
+from polydiff.modalities.image.condition import NAME, described, key, same_condition
 
 PAIRS = 2000  # pictures compared one by one
 BEST_DB = 100.0  # what equal pictures get, whose ratio is infinite
@@ -36,7 +36,7 @@ def fidelity(
 
     Args:
         samples: generated pictures with their conditions.
-        held_out: real ones; where sample i was given the condition of number i modulo their count, that one is the truth.
+        held_out: real ones; the truth of a sample is the one whose condition it was given, if there is but one.
         facts: of the data set.
         seed: of the intervals.
     Source:
@@ -45,13 +45,13 @@ def fidelity(
     degrade = described(facts)
     if degrade is None:
         return {}
-    given = [(i, item) for i, item in enumerate(samples) if NAME in item.cond]
+    given = [item for item in samples if NAME in item.cond]
     if not given:
         return {}
-    errors = torch.cat([_mse(degrade(_rounded(item)), item.cond[NAME]) for _, item in given])
+    errors = torch.cat([_mse(degrade(_rounded(item)), item.cond[NAME]) for item in given])
     out = {"consistency": _mean(errors, 0.0, seed)}
-    pairs = [(item, held_out[i % len(held_out)]) for i, item in given[:PAIRS]] if held_out else []
-    pairs = [(item, truth) for item, truth in pairs if torch.equal(truth.cond[NAME], item.cond[NAME])]
+    truths = {same: items[0] for same, items in same_condition(held_out or ()).items() if len(items) == 1}
+    pairs = [(item, truths[key(item)]) for item in given if key(item) in truths][:PAIRS]
     if pairs:
         mse = torch.cat([_mse(_rounded(item), leaves(truth.x)[0]) for item, truth in pairs])
         out["psnr"] = _mean((-10 * mse.log10()).clamp(max=BEST_DB), None, seed)

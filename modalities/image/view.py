@@ -16,7 +16,7 @@ from torch import Tensor
 from polydiff.core.adapter import Fragment, Item
 from polydiff.core.tree import State, leaves
 from polydiff.modalities.image.codec import Codec
-from polydiff.modalities.image.condition import NAME
+from polydiff.modalities.image.condition import NAME, same_condition
 
 T = TypeVar("T")
 
@@ -89,18 +89,13 @@ def still(samples: Sequence[Item], columns: int = 0) -> bytes:
 
 def triples(samples: Sequence[Item], reference: Sequence[Item]) -> list[tuple[State, list[State], list[State]]]:
     """The pictures that samples were made of, each with those samples and with the true picture where it is known."""
-    real = {_key(item): item.x for item in reference if NAME in item.cond}
-    groups: dict[bytes, tuple[State, list[State], list[State]]] = {}
-    for item in samples:
-        if NAME in item.cond:
-            truth = item.meta.get("truth", real.get(_key(item)))
-            group = groups.setdefault(_key(item), (item.cond[NAME], [], [] if truth is None else [truth]))
-            group[1].append(item.x)
-    return list(groups.values())
-
-
-def _key(item: Item) -> bytes:
-    return item.cond[NAME].cpu().numpy().tobytes()
+    real = same_condition(reference)
+    groups: list[tuple[State, list[State], list[State]]] = []
+    for same, made in same_condition(samples).items():
+        known = real.get(same, [])
+        truth = [made[0].meta["truth"]] if "truth" in made[0].meta else [item.x for item in known[:1]]
+        groups.append((made[0].cond[NAME], [item.x for item in made], truth))
+    return groups
 
 
 def _given(groups: Sequence[tuple[State, list[State], list[State]]]) -> str:

@@ -21,6 +21,18 @@ def test_every_adapter_keeps_the_contract(outside: Outside, tmp_path: Path) -> N
     assert {"test_padding_changes_nothing[curves-unet]", "test_odd_sizes[curves-unet]"} <= passed
 
 
+def test_images_keep_it_with_all_their_conditions(outside: Outside, tmp_path: Path) -> None:
+    options = ("data.options.condition=low_resolution", "data.options.factor=2", "data.options.augment=0.3")
+    words = [word for option in (*options, "network.channels=8") for word in ("--polydiff-set", option)]
+    chosen = "well_formed or condition or every_parameter or odd_sizes or metrics or view or promises"
+    failed, passed = outcome(outside, tmp_path, "--polydiff-adapter", "image", *words, "-k", chosen)
+    assert failed == {}
+    named = {
+        f"test_condition_has_an_effect_only_where_present[image-unet-{name}]" for name in ("image", "augment", "label")
+    }
+    assert named <= passed
+
+
 def test_the_document_builds_its_adapter_in_few_lines() -> None:
     files = documented()
     assert {Path(name).suffix for name in files} == {".toml", ".md", ".py", ".yaml"}

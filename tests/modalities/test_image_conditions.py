@@ -233,6 +233,13 @@ def test_a_bad_file_on_the_command_line_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_evaluating_gives_samples_the_test_pictures_conditions(trained: Path, tmp_path: Path) -> None:
+    words = [f"run={trained}", "n=20", "steps=2", f"out={tmp_path}", "device=cpu"]
+    assert main(["evaluate", *words]) == 0
+    found = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
+    assert found["consistency"]["real"] == 0 and found["psnr"]["n"] == found["ssim"]["n"] == 20
+
+
 def test_fidelity_against_independent_programs(colours: Path) -> None:
     dataset = Images(colours, condition="grey")
     truths, facts = list(dataset), dataset.facts
@@ -248,8 +255,9 @@ def test_fidelity_against_independent_programs(colours: Path) -> None:
     assert found["psnr"].value == pytest.approx(np.mean([peak_signal_noise_ratio(b, a) for a, b in pairs]), rel=1e-5)
     ssim = [structural_similarity(a, b, channel_axis=2) for a, b in pairs]
     assert found["ssim"].value == pytest.approx(np.mean(ssim), rel=1e-5) and found["ssim"].n == 16
-    elsewhere = fidelity(noisy, truths[::-1], facts)
-    assert set(elsewhere) == {"consistency"}
+    assert fidelity(noisy, truths[::-1], facts)["psnr"] == fidelity(noisy, truths, facts)["psnr"]
+    assert set(fidelity(noisy, list(Images(colours, "test", condition="grey")), facts)) == {"consistency"}
+    assert fidelity(noisy, truths[:3] * 2 + truths[3:], facts)["psnr"].n == 5, "a condition of two pictures names none"
     assert fidelity([replace(item, cond={}) for item in noisy], truths, facts) == {}
     assert fidelity(noisy, truths, Images(colours).facts) == {}
 
