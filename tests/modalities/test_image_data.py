@@ -146,7 +146,7 @@ def test_digits_as_the_network_sees_them(digits: Path) -> None:
 
 def test_held_in_memory_or_read_lazily_is_the_same(digits: Path) -> None:
     held, lazy = Images(digits, "test"), Images(digits, "test", memory_mb=0)
-    assert held._x is not None and lazy._x is None and held.facts == lazy.facts
+    assert held._held is not None and lazy._held is None and held.facts == lazy.facts
     for index in (0, 100, -1):
         assert torch.equal(held[index].x, lazy[index].x) and held[index].id == lazy[index].id
     with pytest.raises(IndexError):
