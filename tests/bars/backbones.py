@@ -4,7 +4,7 @@
 
 The held-out error of x0_hat over that of the Wiener filter of the training split, on the same test items and noise, at
 sigma / (alpha sigma_data) = 0.1, 0.3 and 1; the bar holds for the mean of the three. A run that is missing is trained first:
-``experiment=image-mnist`` with the network of that name for ``seconds``; one of these that was interrupted goes on. The
+``experiment=image-mnist``, network ``unet-small`` or ``dit-small``, for ``seconds``; one of these that was interrupted goes on. The
 network is told the class, which the linear denoiser is not; the ratios without it are printed beside. Further ``key=value``
 words, those with a dot, go to the training.
 """
@@ -27,7 +27,15 @@ NETWORKS = ("unet", "dit")
 
 def trained(folder: str, network: str, seconds: float, words: list[str]) -> Run:
     """The run of one network; it is trained where it is missing, and goes on where its time is not used up."""
-    train = [sys.executable, "-m", "polydiff", "train", "experiment=image-mnist", f"network={network}", f"run={folder}"]
+    train = [
+        sys.executable,
+        "-m",
+        "polydiff",
+        "train",
+        "experiment=image-mnist",
+        f"network={network}-small",
+        f"run={folder}",
+    ]
     budget = [f"trainer.seconds={seconds:g}", "trainer.steps=10000000", "trainer.preview_every=1000000"]
     if not Path(folder, "LATEST").exists() or Run.load(folder).config["trainer"].get("seconds"):
         subprocess.run([*train, *budget, *words], check=True)

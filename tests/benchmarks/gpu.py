@@ -1,12 +1,12 @@
 """What the shipped picture models cost on a device: training and sampling, eager, compiled and in bf16.
 
-    python tests/benchmarks/gpu.py [device=auto] [models=image-mnist/unet,image-mnist/dit,...] [modes=fp32,bf16,fp32+compile,
+    python tests/benchmarks/gpu.py [device=auto] [models=EXPERIMENT/NETWORK,...] [modes=fp32,bf16,fp32+compile,
         bf16+compile] [batch=0] [steps=20] [rounds=5] [evaluations=20] [peak=TFLOPS] [out=runs/gpu] [network.key=value ...]
 
 Training is the loop's own step on random pictures of the right size: reading, loss, backward, clipping, AdamW, average.
 Sampling draws ``batch`` items with dpmpp-2m as ``polydiff sample`` does. Images/s are medians over ``rounds`` of ``steps`` steps;
 MFU counts matrix products and convolutions, forward and backward, against the device's peak (``peak=`` replaces the table's).
-``batch=0``: the experiment's own. One line a model and mode; all numbers go to ``out/speed.json`` after each of them.
+``batch=0``: 256 on a GPU, else the experiment's own. One line a model and mode; all numbers go to ``out/speed.json`` after each of them.
 
     python tests/benchmarks/gpu.py train=SECONDS [experiment=image-cifar10-small] [piece=480] [kill=60] [out=...] [key=value ...]
 
@@ -39,7 +39,10 @@ from polydiff.core.training.runtime import Interrupt, Runtime
 from polydiff.core.training.trainer import Trainer
 
 SIZES = {"image-mnist": (28, 28, 1), "image-cifar10": (32, 32, 3), "image-cifar10-small": (32, 32, 3)}
-MODELS = "image-mnist/unet,image-mnist/dit,image-cifar10-small/unet,image-cifar10-small/dit,image-cifar10/unet"
+MODELS = (
+    "image-mnist/unet-small,image-mnist/dit-small,image-cifar10-small/unet-medium,image-cifar10-small/dit,"
+    "image-cifar10/unet-large"
+)
 DEFAULTS = {
     "device": "auto",
     "models": MODELS,
@@ -109,7 +112,7 @@ def measure(model: str, mode: str, options: dict[str, str], words: list[str], de
     precision, _, compiled = mode.partition("+")
     words = [f"experiment={experiment}", f"network={network}", *words, f"trainer.precision={precision}"]
     config = compose([*words, f"trainer.compile={str(bool(compiled)).lower()}", f"trainer.device={device.type}"])
-    batch = int(options["batch"]) or config["trainer"]["batch"]
+    batch = int(options["batch"]) or (256 if device.type == "cuda" else config["trainer"]["batch"])
     config["trainer"] |= {"batch": batch, "steps": 10**9}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
