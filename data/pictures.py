@@ -64,21 +64,9 @@ class Fit:
         Raises:
             DataError: not a whole picture of ``FORMATS``, too large or too small; the message is the reason alone.
         """
-        from PIL import Image, UnidentifiedImageError
-
-        try:
-            if not Path(path).stat().st_size:
-                raise ValueError("empty file")
-            with Image.open(path, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS} are read")
-                picture = self._resize(_upright(image))
-                pixels = np.asarray(picture if channels == 3 else picture.convert("L"))
-                return pixels.reshape(self.height, self.width, channels)
-        except UnidentifiedImageError:
-            raise DataError(f"not a picture ({', '.join(FORMATS)}), or damaged at its start") from None
-        except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
-            raise DataError(reason(error)) from error
+        picture = self._resize(upright(path))
+        pixels = np.asarray(picture.convert("RGB" if channels == 3 else "L"))
+        return pixels.reshape(self.height, self.width, channels)
 
     def _resize(self, image: Image) -> Image:
         from PIL.Image import Resampling
@@ -87,13 +75,34 @@ class Fit:
         if self.crop == "center":
             width, height = min(width, height * self.width / self.height), min(height, width * self.height / self.width)
         if max(self.width / width, self.height / height) > self.enlarge:
-            raise ValueError(
+            raise DataError(
                 f"{image.width} x {image.height} pixels would be enlarged more than {self.enlarge:g} times "
                 f"to {self.width} x {self.height}"
             )
         left, top = (image.width - width) / 2, (image.height - height) / 2
         box = (left, top, min(left + width, image.width), min(top + height, image.height))
         return image.resize((self.width, self.height), Resampling.LANCZOS, box=box)
+
+
+def upright(path: str | Path) -> Image:
+    """The picture of a file at its own size, greyscale or RGB, as ``Fit`` describes.
+
+    Raises:
+        DataError: not a whole picture of ``FORMATS``, or too large; the message is the reason alone.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        if not Path(path).stat().st_size:
+            raise ValueError("empty file")
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS} are read")
+            return _upright(image)
+    except UnidentifiedImageError:
+        raise DataError(f"not a picture ({', '.join(FORMATS)}), or damaged at its start") from None
+    except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
+        raise DataError(reason(error)) from error
 
 
 @contextmanager
@@ -108,7 +117,7 @@ def decoders() -> Iterator[None]:
 
 
 def _upright(image: Image) -> Image:
-    """As RGB, after the EXIF orientation and over white."""
+    """As greyscale or RGB, after the EXIF orientation and over white."""
     from PIL import ImageOps
     from PIL.Image import alpha_composite, fromarray, new
 
@@ -122,4 +131,4 @@ def _upright(image: Image) -> Image:
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         return alpha_composite(new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")  # a copy, which outlives its file

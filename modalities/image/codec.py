@@ -13,8 +13,8 @@ from torch import Tensor
 from polydiff.core.adapter import Item
 from polydiff.core.errors import ConfigError, DataError, DivergenceError, unknown
 from polydiff.core.tree import State, leaves
+from polydiff.data.pictures import MAX_PIXELS, upright
 
-MAX_PIXELS = 2**26
 EXTENSIONS = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
 OPTIONS: dict[str, dict[str, Any]] = {"png": {}, "webp": {"lossless": True, "quality": 90}, "jpeg": {"quality": 95}}
 
@@ -55,25 +55,19 @@ class Codec:
         return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1).contiguous().numpy()
 
     def read(self, path: str | Path) -> np.ndarray:
-        """A PNG, WebP or JPEG file as uint8 (H, W, C), C = 1 or 3; upright, without its transparency.
+        """A picture file of any common kind as uint8 (H, W, C), C = 1 or 3, as ``polydiff.data.pictures.Fit`` describes.
 
         Raises:
-            DataError: missing, damaged, animated, of 16 bits a pixel, or of more than ``MAX_PIXELS``.
+            DataError: missing, damaged, of 32 bits a pixel, or of more than ``MAX_PIXELS``.
         """
-        from PIL import Image, ImageOps
-
         try:
-            with Image.open(path, formats=["PNG", "WEBP", "JPEG"]) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{image.width}x{image.height} pixels, at most {MAX_PIXELS} are read")
-                is_animated = image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1
-                if image.mode.startswith(("I", "F")) or is_animated:
-                    raise ValueError("only 8 bits a channel and a single frame are read")
-                is_grey = self.channels == 1 if self.channels else image.mode in ("1", "L", "LA")
-                pixels = np.array(ImageOps.exif_transpose(image).convert("L" if is_grey else "RGB"))
-        except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
-            raise DataError(f"{path}: not a readable image ({error}); remove it or convert it to PNG") from error
-        return pixels[:, :, None] if is_grey else pixels
+            picture = upright(path)
+        except DataError as error:
+            raise DataError(f"{path}: {error}; remove it or convert it to PNG") from error
+        channels = self.channels or len(picture.getbands())
+        return np.array(picture.convert("L" if channels == 1 else "RGB")).reshape(
+            picture.height, picture.width, channels
+        )
 
     def write(self, items: Sequence[Item], folder: str | Path, format: str | None = None, **options: Any) -> list[Path]:
         """Write one file an item, ``sample-00000.png`` and so on.
