@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from polydiff.core.errors import ConfigError
-from polydiff.core.nn.embeddings import ConditionSpec, Embedding, FieldEmbedding, parse_condition
+from polydiff.core.nn.embeddings import ConditionSpec, Embedding, FieldEmbeddings
 from polydiff.core.nn.unet import zero
 
 
@@ -162,11 +162,11 @@ class DiT(nn.Module):
             raise ConfigError(
                 f"DiT: width={width} is no multiple of head_channels={head_channels}, or below {2 * axes}"
             )
-        specs = {name: parse_condition(spec, name) for name, spec in (conditions or {}).items()}
-        fields = {name: size for name, (kind, size) in specs.items() if kind == "field"}
-        self.fields = nn.ModuleDict({name: FieldEmbedding(size) for name, size in fields.items()})
-        self.embedding = Embedding(width, {name: spec for name, spec in specs.items() if name not in fields})
-        self.first = nn.Linear((in_channels + sum(fields.values())) * patch**axes, width)
+        conditions = conditions or {}
+        self.fields = FieldEmbeddings(conditions)
+        others = {name: spec for name, spec in conditions.items() if name not in self.fields}
+        self.embedding = Embedding(width, others)
+        self.first = nn.Linear((in_channels + self.fields.channels) * patch**axes, width)
         self.blocks = nn.ModuleList(Block(width, head_channels, expansion, dropout) for _ in range(depth))
         # One map makes the modulation of all blocks, and shift and scale of the last norm.
         self.modulation = zero(nn.Linear(width, (6 * depth + 2) * width))
@@ -186,13 +186,12 @@ class DiT(nn.Module):
                 f"DiT: the input has {x_t.shape[1]} channels, this network was built for {self.in_channels} "
                 f"on {self.axes} axes, not for a shape of {tuple(x_t.shape)}"
             )
-        cond, present = dict(cond or {}), present or {}
-        parts = [field(x_t, cond.pop(name, None), present.get(name)) for name, field in self.fields.items()]
-        modulation = self.modulation(self.embedding(c_noise, cond, present))
+        present = present or {}
+        x, others = self.fields(x_t, cond or {}, present)
+        modulation = self.modulation(self.embedding(c_noise, others, present))
         *each, shift, scale = modulation.split(
             [*[6 * self.first.out_features] * len(self.blocks), *[self.first.out_features] * 2], dim=1
         )
-        x = torch.cat([x_t, *parts], dim=1) if parts else x_t
         valid = keys = None
         if mask is not None:
             valid = mask.view(len(mask), *(1,) * self.axes, -1)

@@ -132,6 +132,30 @@ class FieldEmbedding(nn.Module):
         return torch.where(present.view(-1, 1, *ones), value, null)
 
 
+class FieldEmbeddings(nn.ModuleDict):
+    """The conditions of a network that are fields, by name.
+
+    Args:
+        conditions: of the network; those that are no fields are left aside.
+    Attributes:
+        channels: of all fields together.
+    """
+
+    def __init__(self, conditions: Mapping[str, ConditionSpec]) -> None:
+        specs = {name: parse_condition(spec, name) for name, spec in conditions.items()}
+        fields = {name: size for name, (kind, size) in specs.items() if kind == "field"}
+        super().__init__({name: FieldEmbedding(size) for name, size in fields.items()})
+        self.channels = sum(fields.values())
+
+    def forward(
+        self, x: Tensor, cond: Mapping[str, Tensor], present: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Join the fields to x (b, c, *axes); returns (b, c + channels, *axes) and the conditions that are no fields."""
+        parts = [field(x, cond.get(name), present.get(name)) for name, field in self.items()]
+        rest = {name: value for name, value in cond.items() if name not in self}
+        return torch.cat([x, *parts], dim=1) if parts else x, rest
+
+
 class Embedding(nn.Module):
     r"""Noise level and conditions as one vector: a two-layer perceptron on the sum of their embeddings.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from polydiff.core.errors import ConfigError
 from polydiff.core.nn.attention import SelfAttention
-from polydiff.core.nn.embeddings import ConditionSpec, Embedding, FieldEmbedding, parse_condition
+from polydiff.core.nn.embeddings import ConditionSpec, Embedding, FieldEmbeddings
 from polydiff.core.nn.norms import AdaptiveGroupNorm, GroupNorm
 
 CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -188,12 +188,10 @@ class UNet(nn.Module):
             raise ConfigError(f"UNet: blocks={blocks} must be >= 1 for each of the {levels} levels of {multipliers=}")
         if any(not -levels <= level < levels for level in attention):
             raise ConfigError(f"UNet: attention={list(attention)} names a level outside 0..{levels - 1}")
-        specs = {name: parse_condition(spec, name) for name, spec in (conditions or {}).items()}
-        fields = {name: size for name, (kind, size) in specs.items() if kind == "field"}
-        self.fields = nn.ModuleDict({name: FieldEmbedding(size) for name, size in fields.items()})
-        self.embedding = Embedding(
-            embedding or 4 * channels, {name: spec for name, spec in specs.items() if name not in fields}
-        )
+        conditions = conditions or {}
+        self.fields = FieldEmbeddings(conditions)
+        others = {name: spec for name, spec in conditions.items() if name not in self.fields}
+        self.embedding = Embedding(embedding or 4 * channels, others)
         widths = [channels * multiplier for multiplier in multipliers]
         heads = [head_channels if {level, level - levels} & set(attention) else 0 for level in range(levels)]
 
@@ -201,7 +199,7 @@ class UNet(nn.Module):
             options = {"head_channels": heads[level], "dropout": dropout, **options}
             return ResidualBlock(axes, width, widths[level], **options)
 
-        self.first = CONVOLUTION[axes](in_channels + sum(fields.values()), widths[0], 3, padding=1)
+        self.first = CONVOLUTION[axes](in_channels + self.fields.channels, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         self.levels = [level for level, count in enumerate(counts) for _ in range(count)]
         width, last = widths[0], 0
@@ -244,10 +242,11 @@ class UNet(nn.Module):
             raise ConfigError(
                 f"UNet: the input has {x_t.shape[1]} channels, this network was built for {self.in_channels}"
             )
-        cond, present = dict(cond or {}), present or {}
-        parts = [field(x_t, cond.pop(name, None), present.get(name)) for name, field in self.fields.items()]
-        modulations = iter(self.modulation(self.embedding(c_noise, cond, present)).split(self.modulation_widths, dim=1))
-        x = torch.cat([x_t, *parts], dim=1) if parts else x_t
+        present = present or {}
+        x, others = self.fields(x_t, cond or {}, present)
+        modulations = iter(
+            self.modulation(self.embedding(c_noise, others, present)).split(self.modulation_widths, dim=1)
+        )
         padding: list[Padding | None] = [None] * (self.levels[-1] + 1)
         if mask is not None:
             padding = [*paddings(mask, self.axes, len(padding), x.dtype)]
