@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from polydiff.core.errors import DataError
 from polydiff.core.evaluation.classifier import FeatureClassifier, Settings, _warp, classify, extract
 from polydiff.core.evaluation.features import labels, obtain, principal, remembered, stack
 
-TINY = Settings(steps=60, channels=8, features=8, batch=32)
+TINY = Settings(steps=20, channels=8, features=8, batch=32)
 
 
 def clusters(n: int, shape: tuple[int, ...] = (3, 9), seed: int = 0) -> list[Item]:
@@ -72,7 +73,7 @@ def test_anything_else_is_trained_anew(tmp_path: Path, monkeypatch, change: str)
     elif change == "seed":
         seed = 1
     elif change == "settings":
-        settings = Settings(steps=61, channels=8, features=8, batch=32)
+        settings = replace(TINY, steps=21)
     else:
         monkeypatch.setattr("polydiff.core.evaluation.features.VERSION", 0)
     obtain(tmp_path, train, seed=seed, settings=settings)

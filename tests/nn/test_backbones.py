@@ -279,7 +279,7 @@ def test_an_undeclared_condition_is_refused(small):
         small(conditions={"label": 10})(x, c_noise, None, {"labl": torch.zeros(1, dtype=torch.int64)})
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_compiles_as_one_graph(small, masked, backend):
     network = small(1 if masked else 2, conditions={"label": 10})

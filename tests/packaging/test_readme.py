@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from polydiff.core.commands import VERBS
+from polydiff.core.commands import VERBS, data
 from polydiff.core.commands.compose import compose, jobs
 from polydiff.core.commands.options import parse
 
@@ -46,6 +46,8 @@ def test_a_command_line_is_one_polydiff_takes(page: str, words: list[str]) -> No
         own = ("run=", "init=", "restart=")
         for job, _ in jobs([word for word in rest if word != "-m" and not word.startswith(own)]):
             assert not rest or compose(job)["adapter"]
+    elif verb == "data":
+        data._parse(rest)
     else:
         parse(importlib.import_module(f"polydiff.core.commands.{verb}").Options, rest)
 

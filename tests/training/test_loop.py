@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 import torch
 import toy  # type: ignore[import-not-found]
 from torch import Tensor
+from toy import Watched, watched
 
 from polydiff.core.errors import CheckpointError, ConfigError, DivergenceError
 from polydiff.core.objectives import Objective
@@ -30,29 +30,6 @@ from polydiff.core.training.resume import Lock
 from polydiff.core.training.state import preserved_rng, rng_state, set_rng_state
 
 CPU = torch.device("cpu")
-
-
-class Watched:
-    """An objective that calls a function before each batch, counted from 0."""
-
-    def __init__(
-        self, inner: Any, before: Callable[[int], None], after: Callable[[int, Tensor], Tensor] | None = None
-    ) -> None:
-        self.inner, self.before, self.after, self.calls = inner, before, after, 0
-        self.at, self.terms = inner.at, inner.terms
-
-    def __call__(self, denoiser: Any, item: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        self.before(self.calls)
-        out = self.inner(denoiser, item, generator)
-        if self.after is not None:
-            out["loss"] = self.after(self.calls, out["loss"])
-        self.calls += 1
-        return out
-
-
-def watched(config: dict[str, Any], before: Callable[[int], None] = lambda call: None, after: Any = None) -> Any:
-    parts = toy.parts(config)
-    return replace(parts, objective=Watched(parts.objective, before, after))
 
 
 def tensors(folder: Path, step: int) -> dict[str, bytes]:
@@ -250,54 +227,6 @@ def test_only_the_free_keys_may_change(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"network\.width \(16 -> 24\).*optim\.lr \(0\.001 -> 0\.1\)") as error:
         toy.run(tmp_path / "run", trainer__steps=8, network__width=24, optim__lr=0.1)
     assert "trainer" not in str(error.value) and "\n" not in str(error.value)
-
-
-class Clock:
-    """Stands in for the clock of the trainer: every batch takes a second, and nothing else takes time."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def train(self, folder: Path, stop: int = -1, **changes: Any) -> Any:
-        config = toy.config(trainer__accumulate=1, optim__decay="linear", optim__warmup=0, **changes)
-
-        def tick(call: int) -> None:
-            self.now += 1.0
-            if call == stop - 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        return fit(watched(config, tick), config, folder, quiet=True)
-
-
-def test_a_time_budget_ends_the_run_and_its_decay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
-    monkeypatch.setattr("polydiff.core.training.trainer.time", clock)
-    result = clock.train(tmp_path / "run", trainer__steps=10_000, trainer__seconds=20)
-    assert (result.step, result.finished, result.exit_code, result.timed_out) == (20, True, 0, True)
-    rates = [line["lr"] for line in toy.lines(tmp_path / "run")]
-    np.testing.assert_allclose(rates, 1e-3 * (1 - np.arange(20) / 20), rtol=1e-12)
-    assert (tmp_path / "run/previews/step-00000020.png").exists()
-    again = clock.train(tmp_path / "run", trainer__steps=10_000, trainer__seconds=20)
-    assert (again.step, again.started, again.finished) == (20, 20, True)
-    longer = clock.train(tmp_path / "run", trainer__steps=10_000, trainer__seconds=25.5)
-    assert (longer.started, longer.step) == (20, 26)
-    steps = clock.train(tmp_path / "steps", trainer__steps=12, trainer__seconds=20)
-    assert (steps.step, steps.finished, steps.timed_out) == (12, True, False)
-
-
-def test_the_time_before_an_interruption_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
-    monkeypatch.setattr("polydiff.core.training.trainer.time", clock)
-    first = clock.train(tmp_path / "run", stop=7, trainer__steps=10_000, trainer__seconds=20)
-    assert (first.step, first.finished, first.exit_code) == (7, False, EXIT_INTERRUPTED)
-    clock.now += 1000.0  # nobody trains meanwhile
-    second = clock.train(tmp_path / "run", trainer__steps=10_000, trainer__seconds=20)
-    assert (second.started, second.step, second.finished) == (7, 20, True)
-    rates = [line["lr"] for line in toy.lines(tmp_path / "run")]
-    np.testing.assert_allclose(rates, 1e-3 * (1 - np.arange(20) / 20), rtol=1e-12)
 
 
 def test_other_data_are_refused_and_the_same_data_elsewhere_are_not(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +136,30 @@ def parts(config: dict[str, Any], dataset: Any = None, objective: Any = None) ->
         Points(9),
         data.facts,
     )
+
+
+class Watched:
+    """An objective that calls a function before each batch, counted from 0."""
+
+    def __init__(
+        self, inner: Any, before: Callable[[int], None], after: Callable[[int, Tensor], Tensor] | None = None
+    ) -> None:
+        self.inner, self.before, self.after, self.calls = inner, before, after, 0
+        self.at, self.terms = inner.at, inner.terms
+
+    def __call__(self, denoiser: Any, item: Any, generator: torch.Generator) -> dict[str, Tensor]:
+        self.before(self.calls)
+        out = self.inner(denoiser, item, generator)
+        if self.after is not None:
+            out["loss"] = self.after(self.calls, out["loss"])
+        self.calls += 1
+        return out
+
+
+def watched(config: dict[str, Any], before: Callable[[int], None] = lambda call: None, after: Any = None) -> Parts:
+    """The objects of a configuration, whose objective calls ``before`` ahead of each batch and lets ``after`` change its loss."""
+    made = parts(config)
+    return replace(made, objective=Watched(made.objective, before, after))
 
 
 def run(folder: Path, quiet: bool | None = True, **changes: Any) -> TrainResult:
