@@ -18,6 +18,7 @@ BLOCK_ELEMENTS = 4_000_000  # of one block of a distance matrix: 32 MB in float6
 WIDE = 512  # dimensions from which neighbours are sought in float32, among which the float64 distances decide
 WIDE_ELEMENTS = 32_000_000  # of one block then: 128 MB; a thin block would wait for the memory, not for the product
 SPARE = 4  # candidates beyond the wanted ones
+ROUND_OFF = 1e-5  # of squared distances from products of thousands of float32 numbers, times the lengths of both
 
 
 def blocks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -109,7 +110,10 @@ def manifold(
 
 
 def nearest(x: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance (n,) float64 to the nearest of the training items, and its index (n,) int64; ties give the first."""
+    """Distance (n,) float64 to the nearest of the training items, and its index (n,) int64; ties give the first.
+
+    From 512 dimensions on, more than five exact ties give any of them.
+    """
     if x.shape[1] >= WIDE:
         distance, index = _screened(x, train, 1)
         return distance[:, 0], index[:, 0]
@@ -121,29 +125,45 @@ def nearest(x: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(distances), torch.cat(indices)
 
 
-def _screened(x: Tensor, y: Tensor, k: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _screened(
+    x: Tensor, y: Tensor, k: int, own: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Distances (n, k) float64 to the k nearest of y and their indices, for many dimensions.
 
     |y - c|^2 - 2 (x - c).y in float32 is half the work of float64 and orders all but near ties rightly; among the k + 4
-    best the true distances decide. y is never copied: it may be gigabytes.
+    best the true distances decide. Where the last of these is no farther than round-off from the k-th, one that was left
+    out may be nearer: such rows are sought again in float64. y is never copied: it may be gigabytes.
 
     Args:
         x, y: (n, d) and (m, d).
         k: how many.
         own: index in y of each x, which then is no neighbour of itself.
+        dtype: of the search.
     """
     y = y.float()
     centre, wanted = y.mean(0), min(len(y), k + SPARE + (own is not None))
-    norms = torch.cat([(part - centre).square().sum(1) for part in y.split(4096)])
+    norms = torch.cat([(part.to(dtype) - centre).square().sum(1) for part in y.split(4096)])
+    longest = float(norms.max().sqrt() + centre.norm())  # at least as long as any y
     rows = max(1, WIDE_ELEMENTS // len(y))
     distances, indices = [], []
     for start in range(0, len(x), rows):
         part = x[start : start + rows].float()
-        near = torch.addmm(norms, part - centre, y.T, alpha=-2).topk(wanted, 1, largest=False).indices.sort(1).values
+        offset = part.to(dtype) - centre
+        pieces = zip(norms.split(4096), y.split(4096), strict=True) if dtype == torch.float64 else [(norms, y)]
+        scores = torch.cat([torch.addmm(norm, offset, piece.to(dtype).T, alpha=-2) for norm, piece in pieces], 1)
+        near = scores.topk(wanted, 1, largest=False).indices.sort(1).values
         exact = torch.stack([(part.double() - y[column].double()).norm(dim=1) for column in near.T], 1)
         if own is not None:
             exact[near == own[start : start + rows, None]] = torch.inf
         best = exact.sort(dim=1, stable=True)
+        index = near.gather(1, best.indices)[:, :k]
+        last = best.values[:, -1 if own is None else -2]  # of the finite ones
+        doubt = last.square() - best.values[:, k - 1].square() <= ROUND_OFF * longest * (offset.norm(dim=1) + longest)
+        doubt &= (best.values[:, k - 1] > 0) & (wanted < len(y))
+        if dtype == torch.float32 and bool(doubt.any()):
+            again = doubt.nonzero()[:, 0]
+            itself = None if own is None else own[start + again]
+            best.values[again, :k], index[again] = _screened(part[again], y, k, itself, torch.float64)
         distances.append(best.values[:, :k])
-        indices.append(near.gather(1, best.indices[:, :k]))
+        indices.append(index)
     return torch.cat(distances), torch.cat(indices)

@@ -138,3 +138,18 @@ def test_many_dimensions_give_the_same_neighbours_in_float32_blocks(monkeypatch,
     every = torch.cdist(y.double(), y.double(), compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
     torch.testing.assert_close(own, every[rows].sort(1).values[:, :2], rtol=1e-9, atol=1e-9)
     assert bool((own[:, 0] == 0).all()) == (copies > 1)
+
+
+def test_what_float32_cannot_tell_apart_is_sought_in_float64(monkeypatch):
+    """300 near copies of one item: their distances differ by less than round-off of products as long as these."""
+    monkeypatch.setattr(neighbours, "WIDE_ELEMENTS", 4000)
+    base = 2 * normal(1, 2000)
+    y = torch.cat([normal(80, 2000, seed=1), base + 1e-4 * normal(300, 2000, seed=2)])
+    x = torch.cat([y[100:120], normal(3, 2000, seed=3)])
+    true = torch.cdist(x.double(), y.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    distance, index = nearest(x, y)
+    torch.testing.assert_close(distance, true.min(1).values, rtol=1e-12, atol=0)
+    assert torch.equal(index, true.argmin(1))
+    rows = torch.arange(100, 120)
+    true[torch.arange(20), rows] = torch.inf
+    torch.testing.assert_close(to_others(y, 5, rows), true[:20].sort(1).values[:, :5], rtol=1e-12, atol=0)
