@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from polydiff.core.errors import DataError
 
-VERSION = 2  # raise it when a change here changes the features: stored classifiers are then trained anew
+VERSION = 2  # raise it when a change changes features or what is kept with them: all of that is then made anew
 MEASURED = 10_000  # items, evenly spaced, that tell the scale of the features
 POSITIONS = 256  # of an item after the first convolution, about: it bounds what an item costs
 

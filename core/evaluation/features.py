@@ -164,7 +164,7 @@ def remembered(
     Args:
         store: folder, made if missing; None to compute always.
         name: what they are.
-        identity: everything they depend on, JSON-able; the key is its hash.
+        identity: everything they depend on, JSON-able; the key is its hash, with ``classifier.VERSION``.
         compute: makes them.
     """
     if store is None:
@@ -172,7 +172,8 @@ def remembered(
     from safetensors import SafetensorError
     from safetensors.torch import load, save
 
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    versioned = {"version": VERSION, "identity": identity}
+    key = hashlib.sha256(json.dumps(versioned, sort_keys=True).encode()).hexdigest()[:16]
     path = Path(store) / f"{name}-{key}.safetensors"
     if path.exists():
         try:

@@ -12,6 +12,7 @@ import torch
 
 from polydiff.core.adapter import Item
 from polydiff.core.errors import DataError
+from polydiff.core.evaluation import features
 from polydiff.core.evaluation.classifier import FeatureClassifier, Settings, _warp, classify, extract
 from polydiff.core.evaluation.features import labels, obtain, principal, remembered, stack
 
@@ -243,3 +244,11 @@ def test_what_was_computed_once_is_remembered_until_it_is_damaged(tmp_path: Path
     (tmp_path / "file").write_text("")
     remembered(tmp_path / "file", "thing", {}, compute)
     assert "cannot be stored" in caplog.text
+
+
+def test_another_version_of_the_code_uses_nothing_that_was_kept(tmp_path: Path, monkeypatch):
+    numbers = iter((1.0, 2.0))
+    compute = lambda: {"a": torch.tensor(next(numbers))}
+    assert float(remembered(tmp_path, "thing", {}, compute)["a"]) == 1
+    monkeypatch.setattr(features, "VERSION", -1)
+    assert float(remembered(tmp_path, "thing", {}, compute)["a"]) == 2
