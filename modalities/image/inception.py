@@ -123,8 +123,8 @@ def inception_scores(
     fid, kid = frechet_distance(own, fitted), kernel(torch.arange(n))
     low, high = frechet_interval(own, fitted, strata=classes) if n > own.shape[1] else (None, None)
     real: tuple[float | None, float | None] = (None, None)
-    if fresh is not None and len(fresh) > 1:
-        chosen = known["fresh"][matched(classes, available, n, len(fresh), seed)]
+    chosen = None if fresh is None else known["fresh"][matched(classes, available, n, len(fresh), seed)]
+    if chosen is not None and len(chosen) > 1:  # there may be none of the classes of the samples
         real = (
             frechet_distance(chosen, fitted),
             KernelStatistic(chosen, thin, reference=kernel.reference)(torch.arange(len(chosen))),

@@ -140,3 +140,16 @@ def test_numbers_are_those_of_torch_fidelity(tmp_path: Path, channels: int) -> N
     assert ours["fid"].value == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
     assert ours["kid"].value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
     assert (ours["fid"].n, ours["fid"].low, ours["fid"].real) == (24, None, None)
+
+
+def test_no_held_out_picture_of_the_classes_that_were_asked_for_costs_the_real_values_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inception, "extractor", lambda *_: lambda x: x.flatten(1)[:, :8])
+    weights = tmp_path / "w"
+    weights.write_bytes(b"weights")
+    samples, train, fresh = torch.rand(90, 1, 4, 4, generator=torch.Generator().manual_seed(0)).split(30)
+    classes, available = torch.full((30,), 3), torch.arange(30) % 3
+    found = inception.inception_scores(samples, train, fresh, weights, classes=classes, available=available)
+    assert found["fid"].value > 0
+    assert found["fid"].real is None and found["kid"].real is None
