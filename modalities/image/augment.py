@@ -10,7 +10,9 @@ shifts by whole pixels) is exact. Beyond its edges a picture is mirrored.
 Source:
     Karras et al. 2022 (EDM), appendix F.2, table 6; the wavelet: Cohen, Daubechies and Feauveau 1992.
 Differs from the source:
-    another wavelet (theirs is not symmetric), and flipping upside down is off unless asked for.
+    another wavelet (theirs is not symmetric); flipping upside down is off unless asked for; a stretch is never negative.
+    To be larger along one direction is to be smaller across it, so pictures are the same, but n along d and -n along d + pi
+    would be told alike and are not.
 """
 
 from __future__ import annotations
@@ -97,7 +99,7 @@ def draw(probability: float, generator: torch.Generator, invert: bool = False) -
         invert=invert and on[1] and u[1] < 0.5,
         scale=n[0] if on[2] else 0.0,
         angle=math.pi * (2 * u[2] - 1) if on[3] else 0.0,
-        stretch=n[1] if on[4] else 0.0,
+        stretch=abs(n[1]) if on[4] else 0.0,
         direction=math.pi * (2 * u[3] - 1) if on[4] else 0.0,
         shift=(n[2], n[3]) if on[5] else (0.0, 0.0),
     )

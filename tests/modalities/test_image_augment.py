@@ -151,3 +151,24 @@ def test_a_setting_is_present_whatever_is_asked_and_zero_by_default() -> None:
     warped = denoiser(x, t, cond={"augment": told}).x0
     assert (warped - plain).abs().max() > 1e-3
     assert torch.equal(denoiser(x, t, cond={"augment": told}, present=absent).x0, warped)
+
+
+def test_what_the_network_is_told_determines_the_warp() -> None:
+    """The matrix and the shift again, from the nine numbers alone."""
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(50):
+        how = draw(0.8, generator, invert=True)
+        mirror, invert, scale, cosine, sine, along, across, right, down = how.told().double().tolist()
+        stretch = math.hypot(along, across)
+        again = Warp(
+            mirror=bool(mirror),
+            invert=bool(invert),
+            scale=scale,
+            angle=math.atan2(sine, cosine + 1),
+            stretch=stretch,
+            direction=math.atan2(across, along),
+            shift=(right, down),
+        )
+        assert (again.mirror, again.invert) == (how.mirror, how.invert)
+        torch.testing.assert_close(torch.tensor(again.matrix()), torch.tensor(how.matrix()), atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.tensor(again.shift), torch.tensor(how.shift), atol=1e-6, rtol=0)
