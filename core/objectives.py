@@ -150,7 +150,7 @@ class Objective:
         if variance is not None:
             chain = dict(variance)
             weight_of_bound = chain.pop("weight", 0.001)
-            if not 0 <= weight_of_bound < math.inf:
+            if type(weight_of_bound) not in (int, float) or not 0 <= weight_of_bound < math.inf:
                 raise ConfigError(f"objective.variance.weight={weight_of_bound} must be finite and at least 0")
             for key in chain:
                 if key not in ("steps", "bins"):

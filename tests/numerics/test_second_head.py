@@ -143,6 +143,7 @@ def test_guidance_keeps_the_variance_of_the_conditional_branch() -> None:
 
 def test_what_does_not_go_together_is_refused() -> None:
     process = gaussian("vp")
+    assert Objective(process, variance={}).terms["vlb"][1] == 0.001  # lambda of Nichol 2021, section 3.1
     x = torch.ones(2, 3)
     with pytest.raises(ConfigError, match="second head"):
         sample(lambda x, t: x, process, x, "ddpm-learned", steps=4, generator=0)
@@ -155,7 +156,7 @@ def test_what_does_not_go_together_is_refused() -> None:
     centred = Prediction(GaussianProcess(process.schedule, mean_free=True), x, torch.tensor(0.5), x0=x, variance=x)
     with pytest.raises(ConfigError, match="mean-free"):
         _ = centred.fraction
-    for options in ({"steps": 1}, {"steps": 2.5}, {"bins": 1}, {"weight": -1.0}, {"weight": math.inf}):
+    for options in ({"steps": 1}, {"steps": 2.5}, {"bins": 1}, {"weight": -1.0}, {"weight": math.inf}, {"weight": "a"}):
         with pytest.raises(ConfigError, match=f"objective.variance.{next(iter(options))}="):
             Objective(process, variance=options)
     with pytest.raises(ConfigError, match="eta = 1"):
