@@ -177,3 +177,17 @@ def test_blocks_change_no_number(monkeypatch):
     assert frechet.KernelStatistic(x, y)(index[1]) == pytest.approx(float(whole[1][1]), rel=1e-12)
     ends = interval(frechet.KernelStatistic(x, y), 70)
     assert ends == pytest.approx(interval(lambda i: frechet.KernelStatistic(x, y)(i), 70), rel=1e-10)
+
+
+def test_the_interval_by_influence_is_that_of_the_jackknife():
+    """Of skewed items with another mean, where both parts of the influence and the sign between them count."""
+    x = torch.empty(400, 3, dtype=torch.float64).exponential_(generator=torch.Generator().manual_seed(0))
+    x = x @ normal(3, 3, seed=1)
+    for shift in (-2.0, 2.0):
+        reference = Moments(
+            moments(x).mean + shift, torch.diag(torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)), 100
+        )
+        left_out = torch.tensor([frechet_distance(torch.cat([x[:i], x[i + 1 :]]), reference) for i in range(400)])
+        error = float((left_out - left_out.mean()).square().sum() * 399 / 400) ** 0.5
+        low, high = frechet.frechet_interval(x, reference)
+        assert high - low == pytest.approx(2 * 1.96 * error, rel=0.03)

@@ -280,3 +280,43 @@ def test_the_total_with_the_exact_model_is_the_negative_log_likelihood(std: floa
         return Prediction(process, x_t, t, x0=exact.x0, variance=torch.zeros_like(x_t))
 
     assert (bound.total(worse, x0, generator()) > nll + 0.05).all()
+
+
+def test_a_denoiser_that_knows_the_data_pays_for_the_prior_and_the_last_step_alone() -> None:
+    """Then no step errs: what is left are both closed forms, over valid elements; padding is never given noise."""
+    process = gaussian("edm", sigma_min=0.1, sigma_max=2.0)
+    bound, schedule = VariationalBound(process, steps=7), process.schedule
+    x0 = torch.randn(2, 5, 3, generator=generator(), dtype=F64)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    seen = []
+
+    def denoise(x_t, t):
+        seen.append(float(t))
+        assert torch.equal(x_t[0, 3:], x0[0, 3:])  # alpha = 1
+        return Prediction(process, x_t, t, x0=x0, variance=torch.zeros_like(x_t))
+
+    second, first = (torch.tensor(process.t_min + i / 6 * (1 - process.t_min), dtype=F64) for i in (1, 0))
+    last = 0.5 * (math.log(2 * math.pi) + float(log_posterior_variance(schedule, second, first)))
+    prior = torch.stack([x0[0, :3].square().mean(), x0[1].square().mean()]) / (2 * 2.0**2)
+    torch.testing.assert_close(bound.total(denoise, x0, generator(), mask), (prior + last) / math.log(2))
+    assert seen == pytest.approx([process.t_min + i / 6 * (1 - process.t_min) for i in range(7)], abs=1e-14)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_both_ends_of_the_range_are_times_of_the_chain(schedule: str) -> None:
+    """Time samplers that are clipped draw them exactly."""
+    process = gaussian(schedule)
+    ends = torch.tensor([process.t_min, process.t_max], dtype=F64)
+    torch.testing.assert_close(VariationalBound(process, steps=9).snap(ends), ends, rtol=0, atol=1e-15)
+
+
+def test_half_precision_is_widened_before_anything_is_squared() -> None:
+    process = gaussian("vp")
+    bound = VariationalBound(process, steps=10)
+    x0, x0_hat, v = (torch.randn(4, 6, generator=generator(i)).bfloat16() for i in range(3))
+    t = torch.tensor([0.001, 0.112, 0.445, 1.0], dtype=F64)
+    ours, wide = (
+        bound.nats(Prediction(process, x, bound.snap(t), x0=y, variance=u), x)
+        for x, y, u in ((x0, x0_hat, v), (x0.float(), x0_hat.float(), v.float()))
+    )
+    assert ours.dtype == torch.float32 and torch.equal(ours, wide)
