@@ -27,18 +27,10 @@ NETWORKS = ("unet", "dit")
 
 def trained(folder: str, network: str, seconds: float, words: list[str]) -> Run:
     """The run of one network; it is trained where it is missing, and goes on where its time is not used up."""
-    train = [
-        sys.executable,
-        "-m",
-        "polydiff",
-        "train",
-        "experiment=image-mnist",
-        f"network={network}-small",
-        f"run={folder}",
-    ]
+    chosen = ["experiment=image-mnist", f"network={network}-small", f"run={folder}"]
     budget = [f"trainer.seconds={seconds:g}", "trainer.steps=10000000", "trainer.preview_every=1000000"]
     if not Path(folder, "LATEST").exists() or Run.load(folder).config["trainer"].get("seconds"):
-        subprocess.run([*train, *budget, *words], check=True)
+        subprocess.run([sys.executable, "-m", "polydiff", "train", *chosen, *budget, *words], check=True)
     return Run.load(folder)
 
 
@@ -47,7 +39,10 @@ def main() -> int:
     options = {"seconds": "600", "n": "2000"} | {name: f"runs/image-mnist-{name}" for name in NETWORKS}
     given = arguments()
     words = [f"{key}={value}" for key, value in given.items() if "." in key]
-    options |= {key: value for key, value in given.items() if "." not in key}
+    own = {key: value for key, value in given.items() if "." not in key}
+    if wrong := own.keys() - options:
+        raise SystemExit(f"unknown option {min(wrong)!r}; valid: {', '.join(options)}, and key=value words with a dot")
+    options |= own
     met, linear, mean = [], None, float("nan")
     for name in NETWORKS:
         run = trained(options[name], name, float(options["seconds"]), words)

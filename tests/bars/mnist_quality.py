@@ -46,9 +46,7 @@ def show(metrics: Metrics) -> None:
 
 def main(model: Run, given: Mapping[str, str]) -> int:
     """Run the bar; 0 if it is met."""
-    n, steps, batch = (
-        int(given.get(name, default)) for name, default in (("n", 10_000), ("steps", 20), ("batch", 250))
-    )
+    n, steps, batch = int(given.get("n", 10_000)), int(given.get("steps", 20)), int(given.get("batch", 250))
     guidance, began = float(given.get("guidance", 1)), time.monotonic()
     samples = draw(model, n, solver="dpmpp-2m", steps=steps, guidance=guidance, batch=batch)
     drawn = time.monotonic()

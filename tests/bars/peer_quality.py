@@ -89,11 +89,8 @@ class Side:
 
     def __init__(self, name: str, network: nn.Module, task: Task, options: dict[str, str]) -> None:
         self.name, self.task, self.seed = name, task, int(options["seed"])
-        self.lr, self.seconds, self.folder = (
-            float(options["lr"]),
-            float(options["seconds"]),
-            Path(options["out"]) / name,
-        )
+        self.lr, self.seconds = float(options["lr"]), float(options["seconds"])
+        self.folder = Path(options["out"]) / name
         denoiser = Denoiser(network, task.process, "edm", task.sigma_data).train()
         optimizer = Optimizer(denoiser, lr=self.lr, clip=OPTIM["clip"])
         ema = EMA(denoiser, OPTIM["ema_halflife"], OPTIM["ema_warmup"])

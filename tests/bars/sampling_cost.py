@@ -25,12 +25,8 @@ EVALUATIONS = (10, 20, 35)
 
 def measure(model: Run, n: int, solver: str, evaluations: int, batch: int) -> tuple[float, Metric]:
     """Samples a second, and their Frechet distance."""
-    options: dict[str, Any] = {
-        "solver": solver,
-        "steps": round(evaluations / resolve(solver).stages),
-        "guidance": 1.0,
-        "batch": batch,
-    }
+    steps = round(evaluations / resolve(solver).stages)
+    options: dict[str, Any] = {"solver": solver, "steps": steps, "guidance": 1.0, "batch": batch}
     draw(model, min(n, batch), **options)  # the first call of a shape is slower
     began = time.perf_counter()
     samples = draw(model, n, **options)

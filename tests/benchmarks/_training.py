@@ -38,15 +38,9 @@ def train(options: Mapping[str, str], words: list[str], device: torch.device) ->
     if not state["trained"]:
         budget = [f"trainer.seconds={options['train']}", "trainer.steps=100000000", "trainer.preview_every=100000000"]
         fast = ["trainer.precision=bf16", "trainer.compile=true"] if device.type == "cuda" else []
-        command = [
-            f"experiment={options['experiment']}",
-            f"run={run}",
-            *budget,
-            "trainer.keep_last=1000",
-            *fast,
-            *words,
-        ]
-        state["trained"] = _piece(out, state, [*command, f"trainer.device={device.type}"], end, float(options["kill"]))
+        own = [f"experiment={options['experiment']}", f"run={run}", f"trainer.device={device.type}"]
+        command = [*own, *budget, "trainer.keep_last=1000", *fast, *words]
+        state["trained"] = _piece(out, state, command, end, float(options["kill"]))
         _keep(out, state)
         if not state["trained"]:
             return _more(out, "training")

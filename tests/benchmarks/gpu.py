@@ -40,12 +40,15 @@ from polydiff.core.training.trainer import Trainer
 
 SIZES = {"image-mnist": (28, 28, 1), "image-cifar10": (32, 32, 3), "image-cifar10-small": (32, 32, 3)}
 MODELS = (
-    "image-mnist/unet-small,image-mnist/dit-small,image-cifar10-small/unet-medium,image-cifar10-small/dit,"
-    "image-cifar10/unet-large"
+    "image-mnist/unet-small",
+    "image-mnist/dit-small",
+    "image-cifar10-small/unet-medium",
+    "image-cifar10-small/dit",
+    "image-cifar10/unet-large",
 )
 DEFAULTS = {
     "device": "auto",
-    "models": MODELS,
+    "models": ",".join(MODELS),
     "modes": "fp32,bf16,fp32+compile,bf16+compile",
     "batch": "0",
     "steps": "20",
@@ -100,7 +103,7 @@ def seconds_each(run: Any, rounds: int, steps: int, device: torch.device) -> flo
 
 
 def memory(device: torch.device) -> int:
-    """Most bytes in use since the last reset: of the device, or of this process on a CPU."""
+    """Most bytes in use: of the device since the last reset, or of this process on a CPU, since it began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -144,7 +147,7 @@ def measure(model: str, mode: str, options: dict[str, str], words: list[str], de
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         row["mfu"] = utilisation(work * batch, seconds, peak(device, dtype, options["peak"]))
         built.denoiser.eval().requires_grad_(False)
-        run = Run(folder, config, data.facts, Built(built.adapter, built.process, built.denoiser, built.objective), 0)
+        run = Run(folder, config, data.facts, built, 0)
         run.device = device
         evaluations = int(options["evaluations"])
 

@@ -114,8 +114,10 @@ def test_every_bar_is_measured_even_after_a_miss(checkout: Checkout) -> None:
     assert "ran tests/bars/b.py" in said
     assert "_shared" not in said
     assert said.count("missed: tests/bars/a.py") == 1
-    checkout.program("python", "#!/bin/sh\n")
-    assert checkout.make("bars")[0] == 0
+    checkout.program("python", '#!/bin/sh\ntest "$1" != tests/bars/b.py || exit 2\n')
+    status, said, _ = checkout.make("bars")
+    assert status == 0
+    assert "not measured, something is not installed: tests/bars/b.py" in said
 
 
 def test_cleaning_keeps_runs_data_and_the_environment(checkout: Checkout) -> None:
