@@ -93,3 +93,9 @@ def test_ratios_of_denoisers_that_are_known(schedule: str) -> None:
     linear = run.denoiser.network.linear
     assert worse[1.0] == pytest.approx(1 + 0.25 / linear.error(0.7), rel=0.05)
     assert run.denoiser.network.seen == [{"label": False}] * 2  # 500 items in calls of 250
+
+
+def test_ratios_count_every_item_whatever_the_batch() -> None:
+    run = opened("vp", 0.5)
+    whole, parts = (ratios(run, levels=(1.0,), n=60, linear=run.denoiser.network.linear, batch=b) for b in (60, 7))
+    assert parts[1.0] == pytest.approx(whole[1.0], rel=1e-6)

@@ -172,3 +172,36 @@ def test_what_the_network_is_told_determines_the_warp() -> None:
         assert (again.mirror, again.invert) == (how.mirror, how.invert)
         torch.testing.assert_close(torch.tensor(again.matrix()), torch.tensor(how.matrix()), atol=1e-5, rtol=0)
         torch.testing.assert_close(torch.tensor(again.shift), torch.tensor(how.shift), atol=1e-6, rtol=0)
+
+
+def test_transformations_apply_in_their_order() -> None:
+    """All at once is one after the other: scale, turn, stretch, shift."""
+    steps = Warp(scale=0.5), Warp(angle=0.6), Warp(stretch=1.0, direction=0.3), Warp(shift=(0.4, -0.2))
+    one_by_one = bump()
+    for how in steps:
+        one_by_one = warp(one_by_one, how)
+    at_once = warp(bump(), Warp(scale=0.5, angle=0.6, stretch=1.0, direction=0.3, shift=(0.4, -0.2)))
+    middle = (slice(None), slice(6, 27), slice(6, 27))
+    torch.testing.assert_close(at_once[middle], one_by_one[middle], atol=0.02, rtol=0)
+
+
+def test_turns_and_directions_cover_the_circle_and_numbers_are_independent() -> None:
+    generator = torch.Generator().manual_seed(1)
+    draws = [draw(1.0, generator) for _ in range(1000)]
+    for name in ("angle", "direction"):
+        values = torch.tensor([getattr(how, name) for how in draws])
+        for trigonometric in (values.cos(), values.sin(), (2 * values).cos(), (2 * values).sin()):
+            assert abs(float(trigonometric.mean())) < 0.09  # 4 standard errors
+        assert float(values.abs().max()) <= math.pi
+    numbers = torch.tensor([[how.scale, how.stretch, how.angle, how.direction, *how.shift] for how in draws])
+    assert float((torch.corrcoef(numbers.T) - torch.eye(6)).abs().max()) < 0.13
+    assert float(numbers[:, 1].min()) > 0
+
+
+@pytest.mark.parametrize("direction", [math.pi / 4, -0.5])
+def test_a_stretch_goes_along_its_direction(direction: float) -> None:
+    y, x = torch.meshgrid(*[torch.arange(33, dtype=torch.float64) - 16] * 2, indexing="ij")
+    c, s, factor = math.cos(direction), math.sin(direction), 2**0.2
+    expected = torch.exp(-(((c * x + s * y) / (4 * factor)) ** 2) - ((c * y - s * x) / (4 / factor)) ** 2)[None].float()
+    round_ = torch.exp(-(x**2 + y**2) / 16)[None].float()
+    torch.testing.assert_close(warp(round_, Warp(stretch=1.0, direction=direction)), expected, atol=0.01, rtol=0)
