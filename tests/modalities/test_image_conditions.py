@@ -186,7 +186,7 @@ def test_what_is_no_condition_is_one_clear_error(run: Run, moons_run: Path, tmp_
             ConfigError,
             "5x4 pixels; to make 8x8, 2 times larger, give a picture of 4x4, or ask for ",
         ),
-        (str(tmp_path / "text.png"), DataError, "text.png: not a readable image"),
+        (str(tmp_path / "text.png"), DataError, "text.png: not a picture"),
         (str(tmp_path / "absent.png"), ConfigError, "cond.image=.*absent.png: no such file or folder"),
         (str(tmp_path / "empty"), ConfigError, "no file in this folder can be used: it is empty"),
         (str(tmp_path / "words"), ConfigError, "no file in this folder can be used; for one, notes.txt"),
@@ -209,7 +209,7 @@ def test_what_is_no_condition_is_one_clear_error(run: Run, moons_run: Path, tmp_
 def test_a_folder_is_read_as_far_as_it_can_be(run: Run, tmp_path: Path) -> None:
     halves(tmp_path, run, 2)
     (tmp_path / "README.txt").write_text("about the pictures")
-    with pytest.warns(UserWarning, match=r"skipped 1 of 3 files: README.txt \(not a readable image") as caught:
+    with pytest.warns(UserWarning, match=r"skipped 1 of 3 files: README.txt \(not a picture") as caught:
         assert len({given["image"].sum().item() for given in run.conditions({"image": str(tmp_path)}, 4)}) == 2
     assert len(caught) == 1
 
