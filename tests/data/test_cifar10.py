@@ -86,6 +86,7 @@ def test_class_names_are_optional_but_must_be_ten(tmp_path: Path) -> None:
         (b"", "0 bytes"),
         (bytes(10_001 * 3073), "more than 30730000 bytes"),
         (batch(2) + bytes([10]) + bytes(3072), "record 2 has the label 10"),
+        (bytes([9]) + bytes(3072) + bytes([10]) + bytes(3072), "record 1 has the label 10"),
     ],
 )
 def test_files_that_are_not_what_they_should_be(tmp_path: Path, content: bytes, message: str) -> None:

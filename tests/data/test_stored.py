@@ -43,6 +43,7 @@ def test_a_batch_is_its_items_bit_for_bit(tmp_path: Path) -> None:
     assert held._held is not None and read._held is None and held.reader.item_bytes == 17
     batch = held.__getitems__([7, 0, -1, 7])
     assert all(same(one, other) for one, other in zip(batch, read.__getitems__([7, 0, 19, 7]), strict=True))
+    assert [item.id for item in batch] == ["i14", "i0", "i38", "i14"]
     assert all(same(held[k], read[k]) for k in range(20))
     with pytest.raises(IndexError):
         held[20]
