@@ -24,7 +24,7 @@ from polydiff.data import h5
 from polydiff.data.fetch import fetch
 from polydiff.data.table import Table
 
-__all__ = ["Entry", "Table", "catalogue", "folder", "locate", "prepare", "recipe_options", "skipped_list"]
+__all__ = ["Entry", "Table", "catalogue", "command", "folder", "locate", "prepare", "recipe_options", "skipped_list"]
 
 GROUP = "polydiff.data"
 PIECE_BYTES = 2**22  # of raw items that are encoded at once; in float64 they take eight times as much
@@ -114,10 +114,17 @@ def locate(name: str, prepare_embedded: bool = True) -> Path:
     if path.is_file():
         return path
     if name not in catalogue():
-        raise unknown("data set", name, catalogue())
+        prepared = [file.stem for file in sorted(folder().glob("*.h5"))]
+        raise unknown("data set", name, dict.fromkeys([*catalogue(), *prepared]))
     if prepare_embedded and catalogue()[name].embedded:
         return prepare(name)
-    raise DataError(f"data set {name!r} is not prepared ({path} is missing); run: polydiff data {name}")
+    raise DataError(f"data set {name!r} is not prepared ({path} is missing); run: {command(name)}")
+
+
+def command(name: str) -> str:
+    """The command that prepares a data set of the catalogue; only the user knows where files without an address are."""
+    entry = catalogue()[name]
+    return f"polydiff data {name}" + ("" if entry.embedded or entry.urls else " source=PATH")
 
 
 def recipe_options(dataset: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def reading(path: Path) -> Iterator[None]:
     except DataError:
         raise
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; prepare it with: polydiff data {path.stem}") from None
+        raise DataError(f"{path}: no such file; {_again(path)}") from None
     except PermissionError:
         raise DataError(f"{path}: not readable by this user; change its permissions") from None
     except BlockingIOError:
@@ -40,7 +40,16 @@ def reading(path: Path) -> Iterator[None]:
 
 def refused(path: Path, why: str) -> DataError:
     """The error for a file that cannot be trusted, and the way out."""
-    return DataError(f"{path}: {why}; prepare it again: polydiff data {path.stem}, or give another file")
+    return DataError(f"{path}: {why}; {_again(path)}")
+
+
+def _again(path: Path) -> str:
+    """How to come by a file: by its name where that is in the catalogue, else in the way it was made at first."""
+    from polydiff.data import catalogue, command
+
+    if path.stem in catalogue():
+        return f"prepare it with: {command(path.stem)}, or give another file"
+    return "prepare it again as it was made (polydiff data ... name=NAME), or give another file"
 
 
 def members(group: Any, path: Path) -> dict[str, Any]:

@@ -33,8 +33,8 @@ def main(words: list[str]) -> int:
 
     parts = [doctor.machine()]
     if chosen.data is not None:
-        known = not chosen.data.exists() and str(chosen.data) in data.catalogue()
-        path = data.locate(str(chosen.data), prepare_embedded=False) if known else chosen.data
+        is_name = not chosen.data.exists() and chosen.data.name == str(chosen.data) and chosen.data.suffix != ".h5"
+        path = data.locate(str(chosen.data), prepare_embedded=False) if is_name else chosen.data
         parts.append(doctor.data_set(path))
     if chosen.run is not None:
         parts.append(doctor.run_folder(chosen.run, chosen.network))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from polydiff import data
 from polydiff.core import doctor
 from polydiff.core.adapter import Finding
 from polydiff.core.report import outside_addresses
@@ -50,6 +51,15 @@ def test_doctor_finds_a_sound_machine_data_set_and_run(polydiff: Command, moons_
         f"ok    {data_folder / 'moons.h5'}: moons, 10000 items for the adapter toy2d",
     ):
         assert any(line.startswith(text) for line in lines), text
+
+
+def test_doctor_knows_prepared_data_sets_by_their_names(
+    polydiff: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("POLYDIFF_DATA", str(tmp_path))
+    shutil.copy(data.prepare("moons", folder=tmp_path / "made"), tmp_path / "pets.h5")
+    code, out, _ = polydiff("doctor", "data=pets")
+    assert code == 0 and f"{tmp_path / 'pets.h5'}: moons, 10000 items" in out
 
 
 def test_doctor_fails_for_a_damaged_checkpoint_and_a_damaged_data_set(

@@ -45,6 +45,15 @@ def test_embedded_sets_are_made_at_first_use_and_then_kept(cache: Path, name: st
     assert reader.attributes["licence"] == entry.licence
 
 
+def test_a_name_that_is_not_prepared_says_which_are_and_how_to_make_it(cache: Path) -> None:
+    data.locate("moons").rename(cache / "pets.h5")
+    assert data.locate("pets") == cache / "pets.h5"
+    with pytest.raises(ConfigError, match="unknown data set 'petz': did you mean pets"):
+        data.locate("petz")
+    with pytest.raises(DataError, match="run: polydiff data imagefolder source=PATH"):
+        data.locate("imagefolder")
+
+
 @pytest.mark.parametrize("name", ["digits", "moons"])
 def test_sigma_data_is_that_of_the_items_the_network_sees(cache: Path, name: str) -> None:
     path = data.locate(name)

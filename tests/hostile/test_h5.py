@@ -144,7 +144,7 @@ def test_each_attack_is_refused_by_name(path: Path, attack: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         h5.Reader(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    assert "polydiff data made" in str(caught.value)
+    assert "prepare it again as it was made" in str(caught.value)
 
 
 def test_offsets_that_lie_are_refused(tmp_path: Path) -> None:
@@ -177,8 +177,12 @@ def test_changed_values_with_a_new_checksum_fail_the_digest(path: Path) -> None:
 
 
 def test_missing_empty_foreign_and_truncated_files(path: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file; prepare it with: polydiff data absent"):
-        h5.Reader(tmp_path / "absent.h5")
+    with pytest.raises(DataError, match="no such file; prepare it with: polydiff data digits, or"):
+        h5.Reader(tmp_path / "digits.h5")
+    with pytest.raises(DataError, match="no such file; prepare it with: polydiff data imagefolder source=PATH, or"):
+        h5.Reader(tmp_path / "imagefolder.h5")
+    with pytest.raises(DataError, match="no such file; prepare it again as it was made"):
+        h5.Reader(tmp_path / "pets.h5")
     whole = path.read_bytes()
     for size in (0, 1, len(whole) // 4, len(whole) // 2, 3 * len(whole) // 4, len(whole) - 1):
         path.write_bytes(whole[:size])
