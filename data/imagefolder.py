@@ -75,10 +75,10 @@ def recipe(
     if len(sides) != 2:
         raise ConfigError(f"size={size}: one side, or [height,width]")
     fit = Fit(height=sides[0], width=sides[1], crop=crop, enlarge=enlarge)
-    if channels not in (None, 1, 3):
+    if channels is not None and (type(channels) is not int or channels not in (1, 3)):
         raise ConfigError(f"channels={channels}: must be 1, 3 or null")
-    if classes not in CLASSES:
-        raise unknown("classes", classes, CLASSES)
+    if classes not in (*CLASSES,):  # a tuple, because lists have no hash
+        raise unknown("classes", str(classes), CLASSES)
     if isinstance(test, bool) or not isinstance(test, int | float) or not 0 <= test < 1:
         raise ConfigError(f"test={test}: a share, 0 or more and less than 1")
     check_folder(name, source, "a folder of pictures")

@@ -53,8 +53,8 @@ class Fit:
         sides = (self.height, self.width)
         if not all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides):
             raise ConfigError(f"size={self.height}x{self.width}: sides are whole numbers from 1 to {MAX_SIDE}")
-        if self.crop not in CROPS:
-            raise unknown("crop", self.crop, CROPS)
+        if self.crop not in (*CROPS,):  # a tuple, because lists have no hash
+            raise unknown("crop", str(self.crop), CROPS)
         if type(self.enlarge) not in (int, float) or not 1 <= self.enlarge < float("inf"):
             raise ConfigError(f"enlarge={self.enlarge}: a factor, 1 or more")
 
