@@ -206,7 +206,7 @@ def _read(adapter: Adapter, folder: Path) -> list[Item]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     codec = adapter.codec({})
-    endings = tuple(f".{name}" for name in codec.formats)
+    endings = tuple(f".{name}" for name in (*codec.formats, *getattr(codec, "endings", ())))
     paths = sorted(path for path in folder.iterdir() if path.name.lower().endswith(endings))
     if not paths:
         raise DataError(f"{folder}: no files that the adapter {adapter.name!r} reads ({', '.join(endings)})")

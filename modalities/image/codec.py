@@ -27,10 +27,12 @@ class Codec:
     Attributes:
         tolerance: largest difference between an array and its decoded encoding: 0, the rounding is exact.
         formats: what ``write`` writes; PNG and (by default) WebP keep every pixel.
+        endings: of the names of further files that ``read`` reads, among them those that ``write`` gives to JPEG.
     """
 
     tolerance = 0.0
     formats = tuple(EXTENSIONS)
+    endings = ("jpg", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
 
     def __init__(self, facts: Mapping[str, Any] | None = None):
         self.channels: int | None = (facts or {}).get("size", {}).get("channels")

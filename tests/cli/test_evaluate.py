@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from polydiff.core.adapter import Metric
 from polydiff.core.commands.evaluate import representative
@@ -126,6 +128,18 @@ def test_folders_of_files_are_compared_too(polydiff: Command, refused: Command, 
         assert message in refused("evaluate", f"samples={one}", *words)
     (two / "sample-00003.csv").write_text("x,y\n1\n")
     assert "sample-00003.csv: not a point" in refused("evaluate", f"samples={one}", f"reference={two}", "adapter=toy2d")
+
+
+def test_pictures_are_compared_whatever_their_files_are_called(polydiff: Command, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        for i, ending in enumerate(("jpg", "JPG", "jpeg", "png", "tif", "gif", "bmp", "ppm") * 2):
+            picture = Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            picture.save(tmp_path / folder / f"{i}.{ending}")
+    words = [f"samples={tmp_path / 'one'}", f"reference={tmp_path / 'two'}", "adapter=image"]
+    code, out, _ = polydiff("evaluate", *words)
+    assert code == 0 and "16 files in" in out and "against 16 in" in out
 
 
 @pytest.mark.parametrize(
