@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from dataclasses import replace
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from polydiff.data.storage import fill
 from polydiff.data.table import Table, blocks
 
 FORMAT_VERSION = 1
+SECONDS_TO_WRITE = 86400.0  # without a change; a temporary file of that age is nobody's
 REQUIRED = ("name", "modality", "sigma_data", "sha256")
 
 
@@ -48,6 +51,7 @@ def write(path: str | Path, table: Table) -> Path:
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         try:
             fill(temporary, replace(table, attributes={**table.attributes, **stamp}))
             Reader(temporary).close()
@@ -212,6 +216,13 @@ def _check_values(table: Table) -> None:
     for name, values in table.arrays.items():
         if values.dtype.kind == "f" and not all(np.isfinite(block).all() for block in blocks(values)):
             raise ValueError(f"array {name!r} has values that are not finite; the source is damaged")
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes left of this file; a younger one may be in the making."""
+    for left in path.parent.glob(f"{escape(path.name)}.*-*.tmp"):
+        if time.time() - left.stat().st_mtime > SECONDS_TO_WRITE:
+            left.unlink(missing_ok=True)
 
 
 def _sync(folder: Path) -> None:

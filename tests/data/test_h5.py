@@ -1,6 +1,7 @@
 """The file layout: what is written is what is read, and a target is never left half written."""
 
 import multiprocessing
+import os
 import pickle
 from pathlib import Path
 
@@ -171,6 +172,16 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, limit: int) -> None:
     assert queue.get().startswith(f"cannot write {path}: File too large; free space")
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["made.h5"]
+
+
+def test_what_killed_processes_left_is_removed_once_it_is_old(tmp_path: Path) -> None:
+    old, young, other = (tmp_path / f"{name}.tmp" for name in ("a.h5.12-ab", "a.h5.13-cd", "b.h5.12-ab"))
+    for path in (old, young, other):
+        path.write_bytes(b"half")
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    h5.write(tmp_path / "a.h5", fixed())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5", young.name, other.name]
 
 
 def test_a_folder_that_is_a_file_is_one_clear_error(tmp_path: Path) -> None:
