@@ -14,7 +14,7 @@ from polydiff.core.adapter import Item, Metric
 from polydiff.core.errors import DataError
 from polydiff.core.evaluation.classifier import FeatureClassifier, Settings, classify, extract
 from polydiff.core.evaluation.features import digest, labels, obtain, principal, remembered, stack
-from polydiff.core.evaluation.quality import matched, originality, quality, share, spacing
+from polydiff.core.evaluation.quality import SMALLEST, matched, originality, quality, share, spacing
 from polydiff.modalities.image.fidelity import fidelity
 from polydiff.modalities.image.inception import inception_scores, ready
 
@@ -60,6 +60,9 @@ def metrics(samples: Sequence[Item], reference: Sequence[Item], options: Mapping
             raise DataError(
                 f"{name} of size {tuple(part.shape[1:])} cannot be compared with a reference of {tuple(train.shape[1:])}"
             )
+    for name, part in (("samples", x), ("reference pictures", train)):
+        if len(part) < SMALLEST:  # said before a classifier is trained
+            raise DataError(f"quality measures need at least {SMALLEST} {name}, got {len(part)}: more are needed")
     asked, known, truth = labels(samples), labels(reference), labels(held_out)
     store, weights = options.get("store"), ready(options)
     if isinstance(weights, str) and weights:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from polydiff.core.adapter import Item
+from polydiff.core.errors import DataError
 from polydiff.core.evaluation.frechet import moments
 from polydiff.modalities.image import inception
 from polydiff.modalities.image.inception import WEIGHTS, ready, sha256
@@ -153,3 +154,26 @@ def test_no_held_out_picture_of_the_classes_that_were_asked_for_costs_the_real_v
     found = inception.inception_scores(samples, train, fresh, weights, classes=classes, available=available)
     assert found["fid"].value > 0
     assert found["fid"].real is None and found["kid"].real is None
+
+
+def test_too_few_pictures_are_refused_before_a_classifier_is_trained(tmp_path: Path) -> None:
+    many = [Item(torch.zeros(1, 8, 8), None, {"label": torch.tensor(i % 2)}, str(i)) for i in range(8)]
+    with pytest.raises(DataError, match="at least 6 samples, got 5: more are needed"):
+        metrics(many[:5], many, {"store": tmp_path})
+    with pytest.raises(DataError, match="at least 6 reference pictures, got 5: more are needed"):
+        metrics(many, many[:5], {"store": tmp_path})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_held_out_pictures_are_not_given_the_features_that_were_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inception, "extractor", lambda *_: lambda x: x.flatten(1)[:, :8])
+    weights = tmp_path / "w"
+    weights.write_bytes(b"weights")
+    samples, train, *others = torch.rand(120, 1, 4, 4, generator=torch.Generator().manual_seed(0)).split(30)
+    kept, anew = (
+        [inception.inception_scores(samples, train, fresh, weights, store=store)["fid"].real for fresh in others]
+        for store in (tmp_path, None)
+    )
+    assert kept == anew and kept[0] != kept[1]
