@@ -143,7 +143,7 @@ def _read(
     path, read = Path(choice).expanduser(), cast("Callable[..., Tensor]", condition.read)
     if path.is_file():
         return [_File(read(path, facts, size), str(path))]
-    if not path.is_dir():
+    if not path.is_dir() or not str(choice):  # an empty path would be the current folder
         raise ConfigError(f"cond.{name}={choice}: no such file or folder")
     found, skipped = [], []
     for file in sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith(".")):

@@ -12,10 +12,11 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from polydiff import data
-from polydiff.core.adapter import Item, collate
+from polydiff.core.adapter import Condition, Item, collate
 from polydiff.core.cli import main
 from polydiff.core.errors import ConfigError, DataError
 from polydiff.core.report import draw, lenders, real
+from polydiff.core.request import asked
 from polydiff.core.run import Run
 from polydiff.data import Table, h5
 from polydiff.modalities.image import ADAPTER
@@ -298,3 +299,10 @@ def test_resuming_gives_the_same_bits(tmp_path: Path, digits: Path) -> None:
     assert main([*words, f"run={tmp_path / 'parts'}", "trainer.steps=4"]) == 0
     whole, parts = (tmp_path / name / "checkpoints/step-00000004/model.safetensors" for name in ("whole", "parts"))
     assert whole.read_bytes() == parts.read_bytes()
+
+
+def test_an_empty_path_is_not_the_folder_one_is_in() -> None:
+    wanted = {"image": Condition("field", (1, None, None), read=read)}
+    facts = {"size": {"height": 8, "width": 8, "channels": 1}}
+    with pytest.raises(ConfigError, match=r"cond\.image=: no such file or folder"):
+        asked(wanted, {"image": ""}, 1, facts, facts["size"])
