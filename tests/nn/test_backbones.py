@@ -289,3 +289,18 @@ def test_compiles_as_one_graph(small, masked, backend):
     compiled = torch.compile(network, fullgraph=True, backend=backend)
     y = network(x, c_noise, mask, cond, present)
     torch.testing.assert_close(compiled(x, c_noise, mask, cond, present), y, atol=1e-4, rtol=1e-4)
+
+
+def test_at_the_start_the_blocks_of_the_dit_change_no_token_and_patches_know_their_place():
+    torch.manual_seed(0)
+    network = DiT(2, 1, width=32, depth=2, head_channels=16)
+    torch.nn.init.normal_(network.last.weight)
+    x, level = torch.randn(1, 1, 8, 8), torch.zeros(1)
+    whole = network(x, level)
+    turned = network(x.roll((2, 4), (2, 3)), level)
+    assert (turned - whole.roll((2, 4), (2, 3))).abs().max() > 0.1
+    network.blocks = torch.nn.ModuleList()
+    network.modulation = torch.nn.Linear(32, 64)
+    torch.nn.init.zeros_(network.modulation.weight)
+    torch.nn.init.zeros_(network.modulation.bias)
+    assert torch.equal(network(x, level), whole)
