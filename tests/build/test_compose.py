@@ -214,3 +214,10 @@ def test_composing_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(tmp_path.iterdir()) == []
     assert not GlobalHydra.instance().is_initialized()
     assert sys.path == before
+
+
+@pytest.mark.parametrize("experiment", [name for name in choices("experiment") if name.startswith("image-")])
+def test_an_experiment_leaves_a_network_that_is_chosen_as_it_is(experiment: str) -> None:
+    for network in ("dit-small", "unet-large"):
+        chosen = compose([f"experiment={experiment}", f"network={network}"])["network"]
+        assert chosen == compose(["experiment=toy2d", f"network={network}"])["network"]
