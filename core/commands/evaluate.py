@@ -83,7 +83,7 @@ def _evaluate_run(chosen: Options, path: Path) -> int:
     file = chosen.data or data_path(run.config["data"])
     train, held_out = (_items(run.dataset(split, file)) for split in ("train", chosen.split))
     folder = chosen.out or path / "evaluation"
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     n = chosen.n or len(held_out)
     lenders = representative([item.cond for item in held_out], n)
     cond = lend(run.denoiser.conditions, [held_out[i] for i in lenders])
@@ -177,7 +177,7 @@ def _evaluate_files(chosen: Options) -> int:
     adapter = adapters.load(chosen.adapter)
     samples, reference = (_read(adapter, folder) for folder in (chosen.samples, chosen.reference))
     folder = chosen.out or chosen.samples
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     began = time.monotonic()
     told = _told(chosen, str(pick_device(chosen.device)), chosen.seed)
     metrics = adapter.metrics(samples, reference, {**told, "held_out": None, "facts": {}, "store": None})
@@ -193,6 +193,13 @@ def _evaluate_files(chosen: Options) -> int:
         "metrics": _plain(metrics),
     }
     return _finish(title, metrics, record, folder)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={folder}: {error.strerror}; choose another folder") from error
 
 
 def _items(dataset: Any) -> list[Item]:

@@ -146,6 +146,7 @@ def test_pictures_are_compared_whatever_their_files_are_called(polydiff: Command
     ("words", "message"),
     [
         (["n=0"], "n=0 must be at least 1"),
+        ([f"out={__file__}"], "choose another folder"),
         (["seeds=0"], "seeds=0 must be at least 1"),
         (["steps=0"], "steps=0 must be at least 1"),
         (["solver=huen"], "unknown solver 'huen': did you mean heun"),
