@@ -59,7 +59,7 @@ def fetch(name: str, urls: Sequence[str], folder: Path, digests: Sequence[str] =
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Redirects that stay on permitted addresses."""
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         """As the parent, after a look at the new address."""
         _permit(newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
