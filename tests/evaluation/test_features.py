@@ -14,7 +14,7 @@ from polydiff.core.adapter import Item
 from polydiff.core.errors import DataError
 from polydiff.core.evaluation import features
 from polydiff.core.evaluation.classifier import FeatureClassifier, Settings, _warp, classify, extract
-from polydiff.core.evaluation.features import labels, obtain, principal, remembered, stack
+from polydiff.core.evaluation.features import digest, labels, obtain, principal, remembered, stack
 
 TINY = Settings(steps=20, channels=8, features=8, batch=32)
 
@@ -252,3 +252,11 @@ def test_another_version_of_the_code_uses_nothing_that_was_kept(tmp_path: Path, 
     assert float(remembered(tmp_path, "thing", {}, compute)["a"]) == 1
     monkeypatch.setattr(features, "VERSION", -1)
     assert float(remembered(tmp_path, "thing", {}, compute)["a"]) == 2
+
+
+def test_a_digest_tells_types_shapes_and_numbers_apart():
+    x = torch.zeros(2, 3)
+    others = [x.view(3, 2), x.int(), x + 1, torch.zeros(6)]
+    assert len({digest(tensor) for tensor in [x, *others]}) == 5
+    assert digest(x) == digest(x.clone()) == digest(x.T.contiguous().T)
+    assert digest(x, x) != digest(torch.cat([x, x]))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from polydiff.core.adapter import Item, Metric, load
 from polydiff.core.errors import DataError
 from polydiff.core.evaluation.bootstrap import interval
-from polydiff.core.evaluation.quality import matched, originality, spacing
+from polydiff.core.evaluation.quality import matched, originality, quality, spacing
 from polydiff.data import prepare
 
 
@@ -147,6 +147,17 @@ def test_strata_keep_their_sizes():
 def moons(tmp_path_factory):
     path = prepare("moons", folder=tmp_path_factory.mktemp("moons"))
     return read("toy2d", path, "train"), read("toy2d", path, "test")
+
+
+def test_intervals_of_distances_keep_the_classes_that_were_asked_for():
+    """Within a class all samples are equal: only other shares of the classes could move the distances."""
+    reference = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    classes = torch.arange(40) % 2
+    samples = classes[:, None] * torch.ones(3) * 2.0
+    for name in ("frechet_distance", "kernel_distance"):
+        apart, mixed = quality(samples, reference, classes=classes)[name], quality(samples, reference)[name]
+        spread = [(m.high or 0.0) - (m.low or 0.0) for m in (apart, mixed)]
+        assert spread[0] < 0.05 * spread[1], name
 
 
 def test_points(moons):
