@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from polydiff.core.commands import options
 from polydiff.core.commands.options import POSITIONAL
-from polydiff.core.errors import ConfigError, unknown
+from polydiff.core.errors import ConfigError, DataError, unknown
 
 SHOWN = 20
 
@@ -45,6 +45,8 @@ def main(words: list[str]) -> int:
     from polydiff.data.h5 import Reader
 
     chosen, further = _parse(words)
+    target = (chosen.folder or data.folder()) / f"{chosen.name or chosen.data}.h5"
+    before = _held(target)
     path = data.prepare(chosen.data, chosen.source, folder=chosen.folder, name=chosen.name, **further)
     reader = Reader(path)
     reader.verify()
@@ -60,8 +62,21 @@ def main(words: list[str]) -> int:
     )
     if preparation := about.get("preparation"):
         print(preparation)
+    if before and before[0] != about["sha256"]:
+        print(f"it replaces another set of that name, of {before[1]} items; name=NAME keeps both")
     print(f"wrote {path} (verified)")
     return 0
+
+
+def _held(path: Path) -> tuple[str, int] | None:
+    """Digest and number of items of a file that is there already; None if it is no data set."""
+    from polydiff.data.h5 import Reader
+
+    try:
+        reader = Reader(path)
+        return reader.attributes["sha256"], len(reader)
+    except DataError:
+        return None
 
 
 def _parse(words: list[str]) -> tuple[Options, dict[str, Any]]:

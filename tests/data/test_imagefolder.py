@@ -243,3 +243,14 @@ def test_a_folder_given_twice_is_two_data_sets(tmp_path: Path) -> None:
     paths = [prepare("imagefolder", tmp_path / n, folder=tmp_path, name=n, size=8) for n in ("source", "other")]
     assert [path.name for path in paths] == ["source.h5", "other.h5"]
     assert [len(h5.Reader(path)) for path in paths] == [6, 3]
+
+
+def test_the_command_says_that_it_replaces_other_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from polydiff.core.cli import main
+
+    words = [f"folder={tmp_path / 'out'}", "name=shades", "size=8"]
+    few, many = pictures(tmp_path / "few", 4), pictures(tmp_path / "many", 5)
+    for source, replaced in ((few, ""), (few, ""), (many, "replaces another set of that name, of 12 items")):
+        assert main(["data", "imagefolder", f"source={source}", *words]) == 0
+        out = capsys.readouterr().out
+        assert replaced in out and ("replaces" in out) == bool(replaced)
