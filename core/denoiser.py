@@ -100,21 +100,21 @@ class Prediction:
         x_t: the state (b, *dims).
         t: its time, float64, () or (b,).
         x0, eps, score, v, velocity: exactly one of them, shaped like ``x_t``.
-        variance: what the second head of a network says of the reverse variance, shaped like ``x_t``; 0 stands for its
+        fraction: what the second head of a network says of the reverse variance, shaped like ``x_t``; 0 stands for its
             lower choice and 1 for its upper one, see ``polydiff.core.variational``. None without such a head.
 
     Attributes:
         given: name of the field it was built from.
     """
 
-    __slots__ = ("given", "process", "t", "value", "variance", "x_t")
+    __slots__ = ("_fraction", "given", "process", "t", "value", "x_t")
 
     def __init__(
-        self, process: GaussianProcess, x_t: Tensor, t: Tensor, *, variance: Tensor | None = None, **field: Tensor
+        self, process: GaussianProcess, x_t: Tensor, t: Tensor, *, fraction: Tensor | None = None, **field: Tensor
     ) -> None:
         if len(field) != 1 or next(iter(field)) not in FIELDS:
             raise ConfigError(f"a Prediction is built from exactly one of {', '.join(FIELDS)}; got {sorted(field)}")
-        self.process, self.x_t, self.t, self.variance = process, x_t, t, variance
+        self.process, self.x_t, self.t, self._fraction = process, x_t, t, fraction
         ((self.given, self.value),) = field.items()
 
     def field(self, wanted: str) -> Tensor:
@@ -136,24 +136,24 @@ class Prediction:
     velocity = property(lambda self: self.field("velocity"), doc="Velocity of the probability flow.")
 
     def replace(self, value: Tensor, field: str | None = None) -> Prediction:
-        """The same state, time and variance with another value of a field (default: the one given)."""
-        return Prediction(self.process, self.x_t, self.t, variance=self.variance, **{field or self.given: value})
+        """The same state, time and fraction with another value of a field (default: the one given)."""
+        return Prediction(self.process, self.x_t, self.t, fraction=self._fraction, **{field or self.given: value})
 
     @property
     def fraction(self) -> Tensor:
-        """``variance`` where a solver or a loss cannot do without.
+        """Where the reverse variance lies between its lower and its upper choice, element by element.
 
         Raises:
             ConfigError: there is none, or the process is mean-free.
         """
-        if self.variance is None:
+        if self._fraction is None:
             raise ConfigError(
                 "a learned reverse variance needs a network with a second head: train with objective=hybrid (which sets "
                 "network.variance=true), or take the solver ddpm"
             )
         if getattr(self.process, "mean_free", False):
             raise ConfigError("a variance for each element would break the symmetry of a mean-free process: take none")
-        return self.variance
+        return self._fraction
 
 
 Denoise = Callable[[Tensor, Tensor], Any]
@@ -275,11 +275,11 @@ class Denoiser(nn.Module):
         c_skip, c_out, c_in, c_noise = self._coefficients(t, x_t)
         cond, present = self._complete(cond or {}, present or {}, x_t)
         output = self.network(c_in * x_t, c_noise, mask, cond, present).to(x_t.dtype)
-        output, variance = _heads(output, x_t)
+        output, fraction = _heads(output, x_t)
         output = self.process.project(output, mask, cond.get("fixed"))
         if self.precondition == "edm":
-            return Prediction(self.process, x_t, t, variance=variance, x0=c_skip * x_t + c_out * output)
-        return Prediction(self.process, x_t, t, variance=variance, **{self.precondition: c_out * output})
+            return Prediction(self.process, x_t, t, fraction=fraction, x0=c_skip * x_t + c_out * output)
+        return Prediction(self.process, x_t, t, fraction=fraction, **{self.precondition: c_out * output})
 
     def _coefficients(self, t: Tensor, x_t: Tensor) -> tuple[Any, Any, Any, Tensor]:
         """c_skip, c_out and c_in as factors of x_t, and c_noise (b,)."""

@@ -89,7 +89,7 @@ def test_padding_and_fixed_elements_do_not_count() -> None:
     assert objective.bound is not None
     t = torch.tensor([0.001, 0.445], dtype=F64)
     v = torch.rand(2, 5, 3, generator=generator(1), dtype=F64)
-    prediction = Prediction(process, 0.9 * x, t, x0=x + v, variance=v)
+    prediction = Prediction(process, 0.9 * x, t, x0=x + v, fraction=v)
     whole = objective.bound(prediction, x)
     ours = objective.terms["vlb"][0](prediction, x, t, mask, {"fixed": fixed})
     torch.testing.assert_close(ours, torch.stack([whole[0, 1:4].mean(), whole[1].mean()]))
@@ -103,7 +103,7 @@ def test_a_network_with_twice_the_channels_has_a_second_head(shape, axis) -> Non
     prediction = Denoiser(network, process, "eps")(x, t)
     c_in = 1 / torch.hypot(process.schedule.alpha(t), process.schedule.sigma(t))
     torch.testing.assert_close(prediction.eps, 0.3 * c_in * x)
-    torch.testing.assert_close(prediction.variance, torch.full(shape, 0.4, dtype=F64))  # (1 - 0.2)/2
+    torch.testing.assert_close(.fraction, torch.full(shape, 0.4, dtype=F64))  # (1 - 0.2)/2
     for name in ("ddim", "heun", "dpmpp-2m", "dpmpp-2m-sde", "ddpm"):
         plain = Denoiser(_First(network, axis), process, "eps")
         ours, theirs = (
@@ -132,12 +132,12 @@ def test_an_output_of_another_shape_is_refused() -> None:
 def test_guidance_keeps_the_variance_of_the_conditional_branch() -> None:
     process, x, t = gaussian("vp"), torch.ones(2, 3), torch.tensor(0.3, dtype=F64)
     with_condition, without = (
-        lambda x, t, value=value: Prediction(process, x, t, eps=value * x, variance=torch.full_like(x, value))
+        lambda x, t, value=value: Prediction(process, x, t, eps=value * x, fraction=torch.full_like(x, value))
         for value in (0.25, 0.5)
     )
     for scale in (1.0, 2.5):
         guided = cfg(with_condition, without, scale)(x, t)
-        assert torch.equal(guided.variance, torch.full_like(x, 0.25))
+        assert torch.equal(guided.fraction, torch.full_like(x, 0.25))
     assert torch.equal(guided.eps, 0.5 * x + 2.5 * (0.25 - 0.5) * x)
 
 
@@ -153,7 +153,7 @@ def test_what_does_not_go_together_is_refused() -> None:
         )
     with pytest.raises(ConfigError, match="mean-free"):
         Objective(GaussianProcess(process.schedule, mean_free=True), variance={})
-    centred = Prediction(GaussianProcess(process.schedule, mean_free=True), x, torch.tensor(0.5), x0=x, variance=x)
+    centred = Prediction(GaussianProcess(process.schedule, mean_free=True), x, torch.tensor(0.5), x0=x, fraction=x)
     with pytest.raises(ConfigError, match="mean-free"):
         _ = centred.fraction
     for options in ({"steps": 1}, {"steps": 2.5}, {"bins": 1}, {"weight": -1.0}, {"weight": math.inf}, {"weight": "a"}):

@@ -245,7 +245,7 @@ def test_final_interval_returns_x0_hat_and_calls_are_as_declared(solver):
     data = Mixture(gaussian("vp"))
 
     def with_variance(x0_hat):  # which all but one solver ignore
-        return lambda x, t: Prediction(data.process, x, t, x0=x0_hat(x, t), variance=torch.full_like(x, 0.5))
+        return lambda x, t: Prediction(data.process, x, t, x0=x0_hat(x, t), fraction=torch.full_like(x, 0.5))
 
     denoise = count(with_variance(data.x0_hat))
     x = data.draw(1.0, 3)

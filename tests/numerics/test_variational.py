@@ -110,7 +110,7 @@ def test_each_step_is_the_divergence_of_two_gaussians(discrete: Discrete) -> Non
     rest = (1 - discrete.beta[column]).sqrt() * (1 - discrete.bar_before[column]) / (1 - discrete.bar[column]) * x_t
     truth = Normal(scale * x0 + rest, (0.5 * low).exp())
     model = Normal(scale * x0_hat + rest, (0.5 * (v * high + (1 - v) * low)).exp())
-    prediction = Prediction(discrete.process, x_t, t, x0=x0_hat, variance=v)
+    prediction = Prediction(discrete.process, x_t, t, x0=x0_hat, fraction=v)
     torch.testing.assert_close(bound.nats(prediction, x0), kl_divergence(truth, model), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(
         bound(prediction, x0), kl_divergence(truth, model) * 1000 / math.log(2), rtol=1e-9, atol=1e-9
@@ -126,7 +126,7 @@ def test_the_last_step_is_the_likelihood_of_the_data(discrete: Discrete, bins: i
     v = torch.rand(3, 9, generator=generator(2), dtype=F64)
     log_variance = v * discrete.beta[0].log() + (1 - v) * discrete.variance[1].log()
     t = torch.full((3,), 1e-3, dtype=F64)
-    ours = bound.nats(Prediction(discrete.process, x0, t, x0=x0_hat, variance=v), x0)
+    ours = bound.nats(Prediction(discrete.process, x0, t, x0=x0_hat, fraction=v), x0)
     if bins is None:
         reference = -Normal(x0_hat, (0.5 * log_variance).exp()).log_prob(x0)
     else:
@@ -191,7 +191,7 @@ def test_the_bound_is_least_at_the_exact_reverse_variance_of_gaussian_data(sched
 
     def loss() -> torch.Tensor:
         search.zero_grad()
-        prediction = Prediction(process, x_t, times, x0=x0_hat, variance=(w / span).repeat_interleave(n)[:, None])
+        prediction = Prediction(process, x_t, times, x0=x0_hat, fraction=(w / span).repeat_interleave(n)[:, None])
         value = bound.nats(prediction, x0).view(19, n).mean(1).sum()
         value.backward()
         return value
@@ -218,7 +218,7 @@ def test_the_exact_variance_samples_gaussian_data_exactly_in_few_steps(schedule:
     def variance(v) -> float:
         def denoise(x_t, t):
             value = torch.full_like(x_t, v(float(t)))
-            return Prediction(process, x_t, t, x0=data.x0_hat(x_t, t), variance=value)
+            return Prediction(process, x_t, t, x0=data.x0_hat(x_t, t), fraction=value)
 
         out = sample(denoise, process, x, "ddpm-learned", grid=grid, generator=5)
         return float(out.var())
@@ -236,7 +236,7 @@ def test_without_a_say_of_the_network_it_is_ddpm_bit_for_bit() -> None:
     x = data.draw(1.0, 4).float()
 
     def denoise(x_t, t):
-        return Prediction(process, x_t, t, x0=data.x0_hat(x_t.double(), t).float(), variance=torch.zeros_like(x_t))
+        return Prediction(process, x_t, t, x0=data.x0_hat(x_t.double(), t).float(), fraction=torch.zeros_like(x_t))
 
     ours, theirs = (sample(denoise, process, x, name, steps=12, generator=3) for name in ("ddpm-learned", "ddpm"))
     assert torch.equal(ours, theirs)
@@ -270,14 +270,14 @@ def test_the_total_with_the_exact_model_is_the_negative_log_likelihood(std: floa
             v = (exact - low) / (sigma.log() * 2 - low)
         else:
             v = best_fraction(process, t, process.t_min + (place - 1) / 29 * (1 - process.t_min), std)
-        return Prediction(process, x_t, t, x0=data.x0_hat(x_t, t), variance=v.expand_as(x_t))
+        return Prediction(process, x_t, t, x0=data.x0_hat(x_t, t), fraction=v.expand_as(x_t))
 
     nll = -Normal(0.1, std).log_prob(values) / math.log(2)
     torch.testing.assert_close(bound.total(denoise, x0, generator()), nll, rtol=0, atol=0.03)  # 3 standard errors
 
     def worse(x_t, t):
         exact = denoise(x_t, t)
-        return Prediction(process, x_t, t, x0=exact.x0, variance=torch.zeros_like(x_t))
+        return Prediction(process, x_t, t, x0=exact.x0, fraction=torch.zeros_like(x_t))
 
     assert (bound.total(worse, x0, generator()) > nll + 0.05).all()
 
@@ -293,7 +293,7 @@ def test_a_denoiser_that_knows_the_data_pays_for_the_prior_and_the_last_step_alo
     def denoise(x_t, t):
         seen.append(float(t))
         assert torch.equal(x_t[0, 3:], x0[0, 3:])  # alpha = 1
-        return Prediction(process, x_t, t, x0=x0, variance=torch.zeros_like(x_t))
+        return Prediction(process, x_t, t, x0=x0, fraction=torch.zeros_like(x_t))
 
     second, first = (torch.tensor(process.t_min + i / 6 * (1 - process.t_min), dtype=F64) for i in (1, 0))
     last = 0.5 * (math.log(2 * math.pi) + float(log_posterior_variance(schedule, second, first)))
@@ -316,7 +316,7 @@ def test_half_precision_is_widened_before_anything_is_squared() -> None:
     x0, x0_hat, v = (torch.randn(4, 6, generator=generator(i)).bfloat16() for i in range(3))
     t = torch.tensor([0.001, 0.112, 0.445, 1.0], dtype=F64)
     ours, wide = (
-        bound.nats(Prediction(process, x, bound.snap(t), x0=y, variance=u), x)
+        bound.nats(Prediction(process, x, bound.snap(t), x0=y, fraction=u), x)
         for x, y, u in ((x0, x0_hat, v), (x0.float(), x0_hat.float(), v.float()))
     )
     assert ours.dtype == torch.float32 and torch.equal(ours, wide)
