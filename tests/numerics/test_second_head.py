@@ -103,7 +103,7 @@ def test_a_network_with_twice_the_channels_has_a_second_head(shape, axis) -> Non
     prediction = Denoiser(network, process, "eps")(x, t)
     c_in = 1 / torch.hypot(process.schedule.alpha(t), process.schedule.sigma(t))
     torch.testing.assert_close(prediction.eps, 0.3 * c_in * x)
-    torch.testing.assert_close(.fraction, torch.full(shape, 0.4, dtype=F64))  # (1 - 0.2)/2
+    torch.testing.assert_close(prediction.fraction, torch.full(shape, 0.4, dtype=F64))  # (1 - 0.2)/2
     for name in ("ddim", "heun", "dpmpp-2m", "dpmpp-2m-sde", "ddpm"):
         plain = Denoiser(_First(network, axis), process, "eps")
         ours, theirs = (
