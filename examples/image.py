@@ -5,7 +5,7 @@ import sys
 import torch
 
 from polydiff import data
-from polydiff.core.adapter import Item, load
+from polydiff.core.adapter import Item, conditions_of, load
 from polydiff.core.denoiser import Denoiser
 from polydiff.core.guidance import cfg
 from polydiff.core.noise import Noise
@@ -20,10 +20,10 @@ digits = image.dataset(data.locate("digits"), "train")
 
 process = gaussian("edm")
 network = image.network["unet"](digits.facts, channels=32, multipliers=[1, 2], blocks=1)
-denoiser = Denoiser(network, process, "edm", digits.facts["sigma_data"], image.conditions)
-objective = Objective(process, weight="edm", drop=0.1, sigma_data=digits.facts["sigma_data"])
+sigma_data = digits.facts["sigma_data"]
+denoiser = Denoiser(network, process, "edm", sigma_data, conditions_of(image.conditions, digits.facts))
+objective = Objective(process, weight="edm", drop=0.1, sigma_data=sigma_data)
 optimizer, average = torch.optim.AdamW(denoiser.parameters(), lr=1e-3), EMA(denoiser, halflife_items=20_000)
-
 for step in range(1, steps + 1):
     batch = image.collate([digits[i] for i in torch.randint(len(digits), (128,), generator=generator).tolist()])
     loss = objective(denoiser, batch, generator)["loss"].mean()
