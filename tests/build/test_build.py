@@ -53,7 +53,7 @@ def test_a_second_head_and_the_loss_that_trains_it_need_each_other(config: dict[
     assert {*built.objective.terms} == {"vlb"}
     assert built.objective.terms["vlb"][1] == 0.001
     assert (built.objective.bound.steps, built.objective.bound.bins) == (1000, None)
-    assert built.denoiser(torch.zeros(2, 2), torch.tensor(0.5)).variance.tolist() == [[0.5, 0.5]] * 2
+    assert built.denoiser(torch.zeros(2, 2), torch.tensor(0.5)).fraction.tolist() == [[0.5, 0.5]] * 2
     for broken in (changed(hybrid, "network.variance", False), changed(config, "network.variance", True)):
         with pytest.raises(ConfigError, match="need each other: take objective=hybrid"):
             build(broken, FACTS)
