@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
@@ -285,3 +286,11 @@ def test_starting_costs_less_than_a_second_more_than_torch(arguments: tuple[str,
     extra = (cpu_seconds(*arguments) - torch_seconds for _ in range(5))
     best = next((seconds for seconds in extra if seconds < 1), None)
     assert best is not None, f"five runs each took over a second more than torch's {torch_seconds:.2f} s"
+
+
+def test_no_folder_of_tests_is_left_out(request: pytest.FixtureRequest) -> None:
+    patterns = request.config.getini("norecursedirs")
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py")}
+    assert Path("tests/build") in folders
+    names = {part for folder in folders for part in folder.parts}
+    assert [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)] == []
