@@ -7,16 +7,16 @@ from typing import Any
 
 from torch import nn
 
+from polydiff.core.nn.embeddings import condition_specs
 from polydiff.core.nn.mlp import MLP
 
 
 def mlp(facts: Mapping[str, Any], *, variance: bool = False, **options: Any) -> nn.Module:
-    """A perceptron on points, conditional on the class where the data have classes.
+    """A perceptron on points, told whatever conditions the data have.
 
     Args:
-        facts: of the data set: ``classes``.
+        facts: of the data set: ``classes`` and ``conditions``.
         variance: add a second head, for the reverse variance.
         options: of ``MLP``.
     """
-    conditions = {name: len(classes) for name, classes in facts["classes"].items()}
-    return MLP(2, 4 if variance else 2, conditions=conditions, **options)
+    return MLP(2, 4 if variance else 2, conditions=condition_specs(facts), **options)

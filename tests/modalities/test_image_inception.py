@@ -143,12 +143,18 @@ def test_numbers_are_those_of_torch_fidelity(tmp_path: Path, channels: int) -> N
     assert (ours["fid"].n, ours["fid"].low, ours["fid"].real) == (24, None, None)
 
 
-def test_no_held_out_picture_of_the_classes_that_were_asked_for_costs_the_real_values_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A weights file, and a network that gives pictures' first pixels as their features."""
     monkeypatch.setattr(inception, "extractor", lambda *_: lambda x: x.flatten(1)[:, :8])
-    weights = tmp_path / "w"
-    weights.write_bytes(b"weights")
+    path = tmp_path / "w"
+    path.write_bytes(b"weights")
+    return path
+
+
+def test_no_held_out_picture_of_the_classes_that_were_asked_for_costs_the_real_values_alone(
+    weights: Path,
+) -> None:
     samples, train, fresh = torch.rand(90, 1, 4, 4, generator=torch.Generator().manual_seed(0)).split(30)
     classes, available = torch.full((30,), 3), torch.arange(30) % 3
     found = inception.inception_scores(samples, train, fresh, weights, classes=classes, available=available)
@@ -165,12 +171,7 @@ def test_too_few_pictures_are_refused_before_a_classifier_is_trained(tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_held_out_pictures_are_not_given_the_features_that_were_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(inception, "extractor", lambda *_: lambda x: x.flatten(1)[:, :8])
-    weights = tmp_path / "w"
-    weights.write_bytes(b"weights")
+def test_other_held_out_pictures_are_not_given_the_features_that_were_kept(tmp_path: Path, weights: Path) -> None:
     samples, train, *others = torch.rand(120, 1, 4, 4, generator=torch.Generator().manual_seed(0)).split(30)
     kept, anew = (
         [inception.inception_scores(samples, train, fresh, weights, store=store)["fid"].real for fresh in others]
