@@ -21,11 +21,11 @@ import torch
 
 from polydiff import __version__
 from polydiff.core.errors import CheckpointError
+from polydiff.core.progress import SECONDS_PER_LINE
 from polydiff.core.training.checkpoint import replace_text
 from polydiff.core.training.runtime import Runtime
 
 PACKAGES = ("torch", "accelerate", "safetensors", "numpy", "hydra-core", "h5py")
-SECONDS_PER_LINE = 15.0  # of the plain log, where the output is no terminal
 
 
 class JsonLines:
