@@ -2,12 +2,54 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from polydiff.core.denoiser import Denoise, Prediction, as_prediction
 from polydiff.core.errors import ConfigError
+
+
+class Guide(Protocol):
+    """A guide that holds data of its own, made for one item and stacked for a batch.
+
+    Guides are frozen dataclasses. Their tensors have no batch axis, so that one guide serves a whole batch, or after
+    ``stack`` a leading one.
+    """
+
+    def __call__(self, denoise: Denoise) -> Denoise:
+        """The guided Denoise."""
+
+    def stack(self, others: Sequence[Guide]) -> Guide:
+        """One guide for a batch, whose item i is guided by ``others[i]`` (this guide is the first of them).
+
+        Raises:
+            ConfigError: the guides differ in kind, in a setting that is no tensor, or in the shape of a tensor.
+        """
+        return join(others, "guides")
+
+
+def join(parts: Sequence[Any], kind: str) -> Any:
+    """Stack the tensors of equal dataclasses along a new leading axis, through all levels; the rest must be equal."""
+    first = parts[0]
+    if any(type(part) is not type(first) for part in parts):
+        names = sorted({type(part).__name__ for part in parts})
+        raise ConfigError(f"{kind} of one batch must be of one kind, not {', '.join(names)}: sample them one by one")
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
+        names = [field.name for field in dataclasses.fields(first) if field.init]
+        return dataclasses.replace(first, **{n: join([getattr(part, n) for part in parts], n) for n in names})
+    if isinstance(first, Tensor):
+        if any(part.shape != first.shape for part in parts):
+            shapes = sorted({tuple(part.shape) for part in parts})
+            raise ConfigError(f"{kind} of one batch must have one shape, not {shapes}: sample such items one by one")
+        return torch.stack(list(parts))
+    if any(part != first for part in parts):
+        raise ConfigError(f"{kind} of one batch must be equal, not {list(dict.fromkeys(map(str, parts)))}")
+    return first
 
 
 def cfg(
