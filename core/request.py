@@ -115,8 +115,8 @@ def asked(
         if condition.read is not None:
             choices = [entry for choice in choices for entry in _read(name, condition, choice, facts, size or {})]
         names = (facts.get("classes") or {}).get(name, ())
-        files = [choice.path if isinstance(choice, _File) else "" for choice in choices]
-        values = [choice.value if isinstance(choice, _File) else choice for choice in choices]
+        files = [choice.path if isinstance(choice, File) else "" for choice in choices]
+        values = [choice.value if isinstance(choice, File) else choice for choice in choices]
         tensors = [_condition(name, condition, names, entry) for entry in values]
         for i, item in enumerate(items):
             k = i % len(tensors)
@@ -127,39 +127,49 @@ def asked(
     return items
 
 
-class _File(NamedTuple):
+class File(NamedTuple):
     """A value and the file that it was read from."""
 
-    value: Tensor
+    value: Any
     path: str
 
 
-def _read(
-    name: str, condition: Condition, choice: Any, facts: Mapping[str, Any], size: Mapping[str, Any]
-) -> list[_File] | list[Any]:
-    """The values in a file, or in the files of a folder: those that cannot be read are skipped, counted and named."""
-    if not isinstance(choice, str | Path):
-        return [choice]
-    path, read = Path(choice).expanduser(), cast("Callable[..., Tensor]", condition.read)
+def read_files(key: str, choice: Any, read: Callable[[Path], Any]) -> list[File]:
+    """What a file holds, or the files of a folder: those that cannot be read are skipped, counted and named.
+
+    Args:
+        key: what the user calls it, for messages.
+        choice: the path.
+        read: raises a PolydiffError for a file that it cannot use.
+    """
+    path = Path(choice).expanduser()
     if path.is_file():
-        return [_File(read(path, facts, size), str(path))]
+        return [File(read(path), str(path))]
     if not path.is_dir() or not str(choice):  # an empty path would be the current folder
-        raise ConfigError(f"cond.{name}={choice}: no such file or folder")
+        raise ConfigError(f"{key}={choice}: no such file or folder")
     found, skipped = [], []
     for file in sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith(".")):
         try:
-            found.append(_File(read(file, facts, size), str(file)))
+            found.append(File(read(file), str(file)))
         except PolydiffError as error:
             skipped.append(f"{file.name} ({str(error).removeprefix(f'{file}: ')})")
     if not found:
         why = f"; for one, {skipped[0]}" if skipped else ": it is empty"
-        raise ConfigError(f"cond.{name}={choice}: no file in this folder can be used{why}")
+        raise ConfigError(f"{key}={choice}: no file in this folder can be used{why}")
     if skipped:
-        text = (
-            f"cond.{name}={choice}: skipped {len(skipped)} of {len(found) + len(skipped)} files: {'; '.join(skipped)}"
-        )
+        text = f"{key}={choice}: skipped {len(skipped)} of {len(found) + len(skipped)} files: {'; '.join(skipped)}"
         warnings.warn(text, UserWarning, stacklevel=5)
     return found
+
+
+def _read(
+    name: str, condition: Condition, choice: Any, facts: Mapping[str, Any], size: Mapping[str, Any]
+) -> list[File] | list[Any]:
+    """The values of a condition that a path stands for; anything else is a value itself."""
+    if not isinstance(choice, str | Path):
+        return [choice]
+    read = cast("Callable[..., Tensor]", condition.read)
+    return read_files(f"cond.{name}", choice, lambda path: read(path, facts, size))
 
 
 def check_fields(declared: Mapping[str, Condition], cond: Mapping[str, Tensor], like: State) -> None:

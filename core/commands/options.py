@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
@@ -139,25 +139,59 @@ def explain(kind: type[Any], *examples: str) -> str:
 
 def _typed(entry: Declared, word: str, text: str) -> Any:
     kinds = entry.kinds
-    expected = " or ".join(_WORDS[get_origin(kind) or kind] for kind in kinds if kind is not type(None))
     if Path in kinds or str in kinds:  # taken as typed: a folder may have any name
         if text in ("", "null"):
             if type(None) in kinds:
                 return None
-            raise ConfigError(f"{word!r}: {entry.name} must be {expected}")
+            raise ConfigError(f"{word!r}: {entry.name} must be {_WORDS[kinds[0]]}")
         plain = text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
         return Path(plain).expanduser() if Path in kinds else plain
-    value = value_of(word)
-    for kind in kinds:
-        if kind is float:
-            if type(value) in (int, float) and math.isfinite(value):
-                return float(value)
-            continue
-        if get_origin(kind) is list and isinstance(value, list) and {type(item) for item in value} == {*get_args(kind)}:
-            return value
-        if isinstance(kind, type) and type(value) is kind:
-            return value
+    return _as_declared(entry, word, value_of(word))
+
+
+def fill(kind: type[Options], given: Mapping[str, Any], prefix: str) -> Options:
+    """Turn the values of an open prefix into the dataclass that declares them.
+
+    Args:
+        kind: the dataclass.
+        given: values by key.
+        prefix: as in ``task.<key>``, for messages.
+
+    Raises:
+        ConfigError: an unknown, missing or ill-typed key.
+    """
+    table = declared(kind)
+    for name in given:
+        if name not in table:
+            raise unknown("option", f"{prefix}.{name}", (f"{prefix}.{key}" for key in table))
+    for name, entry in table.items():
+        if name not in given and entry.default is MISSING:
+            raise ConfigError(f"missing {prefix}.{name}=...: {entry.text}")
+    words = {name: f"{prefix}.{name}={show(value)}" for name, value in given.items()}
+    return kind(**{name: _as_declared(table[name], words[name], value) for name, value in given.items()})
+
+
+def _as_declared(entry: Declared, word: str, value: Any) -> Any:
+    for kind in entry.kinds:
+        found = _converted(kind, value)
+        if found is not MISSING:
+            return found
+    expected = " or ".join(_WORDS[get_origin(kind) or kind] for kind in entry.kinds if kind is not type(None))
     raise ConfigError(f"{word!r}: {entry.name} must be {expected}")
+
+
+def _converted(kind: Any, value: Any) -> Any:
+    """The value as this type, or ``MISSING`` when it is another one."""
+    if isinstance(kind, types.UnionType):
+        return next((found for one in get_args(kind) if (found := _converted(one, value)) is not MISSING), MISSING)
+    if kind is float:
+        return float(value) if type(value) in (int, float) and math.isfinite(value) else MISSING
+    if kind is Path:
+        return Path(value).expanduser() if isinstance(value, str | Path) and str(value) else MISSING
+    if get_origin(kind) is list:
+        found = [_converted(*get_args(kind), one) for one in value] if isinstance(value, list | tuple) else []
+        return found if found and MISSING not in found else MISSING
+    return value if type(value) is kind else MISSING
 
 
 def show(default: Any) -> str:
