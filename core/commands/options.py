@@ -189,7 +189,7 @@ def _converted(kind: Any, value: Any) -> Any:
     if kind is Path:
         return Path(value).expanduser() if isinstance(value, str | Path) and str(value) else MISSING
     if get_origin(kind) is list:
-        found = [_converted(*get_args(kind), one) for one in value] if isinstance(value, list | tuple) else []
+        found = [_converted(get_args(kind)[0], one) for one in value] if isinstance(value, list | tuple) else []
         return found if found and MISSING not in found else MISSING
     return value if type(value) is kind else MISSING
 
