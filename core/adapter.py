@@ -13,13 +13,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from polydiff.core.errors import ConfigError, unknown
 from polydiff.core.tree import State, tree_map
+
+if TYPE_CHECKING:
+    from polydiff.core.tasks import Task
 
 GROUP = "polydiff.modalities"
 
@@ -149,20 +152,6 @@ class Finding(NamedTuple):
     remedy: str = ""
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a task asks of the sampler for one design; see DESIGN section 3."""
-
-    cond: dict[str, Tensor] = field(default_factory=dict)
-    mask: Tensor | None = None
-    x_start: State | None = None
-    t_start: float | None = None
-    guide: Callable[[Any], Any] | None = None
-    wrap: Callable[[Any], Any] | None = None
-    reference: Item | None = None
-    meta: dict[str, Any] = field(default_factory=dict)
-
-
 def collate(items: Sequence[Item], *, mask_axis: int = 1) -> Item:
     """Stack items into a batch; ragged ones are padded with zeros along the mask axis and get a mask.
 
@@ -221,7 +210,7 @@ class Adapter:
         codec: ``(facts) -> codec`` with encode, decode, tolerance, read, write and ``formats``.
         network: constructors by name, each ``(facts, **options) -> nn.Module``.
         terms: further loss terms by name, ``(prediction, x0, t, mask, cond) -> (b,)``.
-        tasks: tasks by name.
+        tasks: by name, ``(input, options, run, noise, k) -> Task``; see ``polydiff.core.tasks``.
         metrics: ``(samples, reference, options) -> {name: Metric}``.
         view: ``(samples, reference) -> Fragment``.
         checks: ``(data, run) -> list[Finding]`` for ``polydiff doctor``.

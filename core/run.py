@@ -17,6 +17,8 @@ from polydiff.core.guidance import cfg
 from polydiff.core.noise import Noise
 from polydiff.core.request import Asked, Settings, asked, check_fields, positive, sampling_settings
 from polydiff.core.sampling import sample
+from polydiff.core.solvers import Solver, resolve
+from polydiff.core.tasks import Task, grid_of, grouped, guide_of, work, x_start_of
 from polydiff.core.training import checkpoint as checkpoints
 from polydiff.core.training.state import load_weights
 from polydiff.core.tree import State, leaves, move, tree_map
@@ -105,6 +107,9 @@ class Run:
         trajectory: int = 0,
         deterministic_batch: int | None = None,
         advance: Callable[[int], None] | None = None,
+        task: str | None = None,
+        input: Any = None,
+        options: Mapping[str, Any] | None = None,
     ) -> list[Item]:
         """Draw samples.
 
@@ -122,13 +127,18 @@ class Run:
             trajectory: keep this many predicted clean states of each item in ``meta["trajectory"]``, (k, *dims).
             deterministic_batch: pad every network call to this many items: bit-identical for any n.
             advance: called with the number of items after each batch of them.
+            task: name of one of the adapter's tasks.
+            input: what it works on: an Item, a file, a folder, or a list of Items and files, which cycles.
+            options: of the task by key.
 
         Returns:
-            Items in normalised form, on the CPU; ``run.adapter.codec(run.facts).decode`` turns them into raw arrays.
+            Items in normalised form, on the CPU; ``run.adapter.codec(run.facts).decode`` turns them into raw arrays. What a
+            task was given is ``meta["given"]``, an Item, and what it notes is ``meta["task"]``.
 
         Raises:
             ConfigError: a number below 1, more samples than ``check_count`` allows, a label out of range, an unknown
-                name, guidance without a condition.
+                name, guidance without a condition; or what the task says of its input and options.
+            DataError: an input that cannot be read.
             DivergenceError: a sample is not finite.
         """
         settings = self.settings(solver, grid, steps, guidance)
@@ -137,24 +147,38 @@ class Run:
         self.check_count(n, size)
         wanted = self._asked(cond or {}, n, size or {})
         values = [item.cond for item in wanted]
+        if task is None and (input is not None or options):
+            raise ConfigError("input and its options need a task: give task=NAME")
+        job = None if task is None else work(self, task, input, options or {}, size or {}, seed)
         if guidance is not None and guidance != 1 and not any(value.keys() - self._settings for value in values):
             able = [f"cond.{name}=..." for name in self.denoiser.conditions if name not in self._settings]
             raise ConfigError(
                 f"guidance={guidance} needs a condition to guide towards: {', '.join(able) or '(this model has none)'}"
             )
         items: dict[int, Item] = {}
-        for indices in _chunks([frozenset(value) for value in values], width):
-            padded = indices + indices[-1:] * (0 if deterministic_batch is None else width - len(indices))
-            blanks = [self._blank(size or {}, values[i]) for i in padded]
-            x, frames = self._draw(blanks, padded, settings, seed, trajectory)
-            for row, i in enumerate(indices):
-                like, meta = blanks[row].x, {"files": wanted[i].files} if wanted[i].files else {}
-                if frames:
-                    own = [_cut(frame, row, like) for frame in frames]
-                    meta["trajectory"] = tree_map(lambda *leaf: torch.stack(leaf), *own)
-                items[i] = Item(_cut(x, row, like), blanks[row].mask, values[i], f"sample-{i:05d}", meta)
-            if advance is not None:
-                advance(len(indices))
+        for chunk in _chunks([frozenset(value) for value in values], width):
+            tasks = [Task() if job is None else job(i) for i in chunk]
+            for rows in grouped(tasks, resolve(settings.solver)):
+                indices = [chunk[row] for row in rows]
+                spare = 0 if deterministic_batch is None else width - len(rows)
+                designs = [tasks[row] for row in rows + rows[-1:] * spare]
+                padded = indices + indices[-1:] * spare
+                blanks = [
+                    self._blank(size or {}, {**values[i], **one.cond}, one)
+                    for i, one in zip(padded, designs, strict=True)
+                ]
+                x, frames = self._draw(blanks, designs, padded, settings, seed, trajectory)
+                for row, i in enumerate(indices):
+                    like = blanks[row].x
+                    meta: dict[str, Any] = {"files": wanted[i].files} if wanted[i].files else {}
+                    if frames:
+                        own = [_cut(frame, row, like) for frame in frames]
+                        meta["trajectory"] = tree_map(lambda *leaf: torch.stack(leaf), *own)
+                    if job is not None:
+                        meta |= {"task": designs[row].meta, "given": designs[row].reference}
+                    items[i] = Item(_cut(x, row, like), blanks[row].mask, blanks[row].cond, f"sample-{i:05d}", meta)
+                if advance is not None:
+                    advance(len(indices))
         return [items[i] for i in range(n)]
 
     def conditions(self, cond: Mapping[str, Any], n: int) -> list[dict[str, Tensor]]:
@@ -192,17 +216,25 @@ class Run:
         own = {**(self.facts.get("size") or {}), **size}
         return asked(self.denoiser.conditions, cond, n, self.facts, own)
 
-    def _blank(self, size: Mapping[str, Any], cond: dict[str, Tensor]) -> Item:
+    def _blank(self, size: Mapping[str, Any], cond: dict[str, Tensor], task: Task | None = None) -> Item:
         own = self.facts.get("size") or {}
         for name in size:
             if name not in own:
                 raise unknown("size", f"size.{name}", [f"size.{key}" for key in own])
         like, mask = self.adapter.shape({**own, **size}, cond)
+        if task is not None:
+            like, mask = (default if one is None else one for one, default in ((task.x_start, like), (task.mask, mask)))
         check_fields(self.denoiser.conditions, cond, like)
         return Item(like, mask, cond)
 
     def _draw(
-        self, blanks: Sequence[Item], indices: list[int], settings: Settings, seed: int, trajectory: int
+        self,
+        blanks: Sequence[Item],
+        tasks: Sequence[Task],
+        indices: list[int],
+        settings: Settings,
+        seed: int,
+        trajectory: int,
     ) -> tuple[State, list[State]]:
         batch = self.adapter.collate(list(blanks))
         x, mask, cond = (move(part, self.device) for part in (batch.x, batch.mask, batch.cond))
@@ -216,14 +248,16 @@ class Run:
             if k in wanted and x0_hat is not None:
                 frames.append(move(x0_hat, "cpu"))
 
+        solver: Solver = resolve(settings.solver)
         x = sample(
-            self._guided(mask, cond, settings),
+            guide_of(tasks, self.device)(self._guided(mask, cond, settings)),
             self.process,
-            self.process.prior(x, noise, mask),
-            solver=settings.solver,
+            x_start_of(tasks[0], self.process, x, noise, mask),
+            solver=solver if tasks[0].wrap is None else tasks[0].wrap(solver),
             steps=settings.steps,
-            grid=settings.grid,
+            grid=grid_of(tasks[0], settings.grid, settings.steps, self.process),
             mask=mask,
+            fixed=cond.get("fixed"),
             generator=noise,
             callback=keep if wanted else None,
         )
