@@ -10,8 +10,14 @@ from torch import Tensor
 from polydiff.core.denoiser import Prediction
 
 
+def _as_column(t, x: Tensor) -> Tensor:
+    """Times () as they are; times (b,) shaped to broadcast against x (b, *dims)."""
+    t = torch.as_tensor(t, dtype=torch.float64)
+    return t.reshape(t.shape + (1,) * (x.ndim - 1)) if t.ndim else t
+
+
 class Gaussian:
-    """Data N(mean, diag(std^2)): exact denoiser and exact probability flow on any path."""
+    """Data N(mean, diag(std^2)): exact denoiser, density and probability flow on any path."""
 
     def __init__(self, process, std=(0.3, 1.0, 1.7), mean=(0.5, -1.0, 0.2)):
         self.process = process
@@ -23,8 +29,13 @@ class Gaussian:
         return alpha, sigma, torch.sqrt((alpha * self.std) ** 2 + sigma**2)
 
     def x0_hat(self, x_t: Tensor, t: Tensor) -> Tensor:
-        alpha, _, total = self._marginal(t)
+        alpha, _, total = self._marginal(_as_column(t, x_t))
         return self.mean + alpha * self.std**2 / total**2 * (x_t - alpha * self.mean)
+
+    def log_prob(self, x_t: Tensor, t) -> Tensor:
+        """Exact log density of states (b, d) at a time."""
+        alpha, _, total = self._marginal(t)
+        return torch.distributions.Normal(alpha * self.mean, total).log_prob(x_t).sum(-1)
 
     def flow(self, x_t: Tensor, t, s) -> Tensor:
         """Carry states along the probability flow: standard scores are constant."""
@@ -48,11 +59,20 @@ class Mixture:
         self.log_weights = torch.log_softmax(torch.randn(5, generator=g, dtype=torch.float64), 0)
 
     def x0_hat(self, x_t: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = self.process.schedule.alpha(t), self.process.schedule.sigma(t)
-        variance = (alpha * self.std) ** 2 + sigma**2
-        offset = x_t[:, None] - alpha * self.means
-        weight = torch.softmax(self.log_weights - 0.5 * (offset**2).sum(-1) / variance, 1)[..., None]
+        t = _as_column(t, x_t[:, None])
+        alpha, variance, offset = self._offset(x_t, t)
+        weight = torch.softmax(self.log_weights[:, None] - 0.5 * (offset**2).sum(-1, keepdim=True) / variance, 1)
         return (weight * (self.means + alpha * self.std**2 / variance * offset)).sum(1)
+
+    def log_prob(self, x_t: Tensor, t) -> Tensor:
+        """Exact log density of states (b, d) at a time."""
+        _, variance, offset = self._offset(x_t, torch.as_tensor(t, dtype=torch.float64))
+        normal = -0.5 * ((offset**2).sum(-1) / variance + x_t.shape[1] * torch.log(2 * torch.pi * variance))
+        return torch.logsumexp(self.log_weights + normal, 1)
+
+    def _offset(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        alpha, sigma = self.process.schedule.alpha(t), self.process.schedule.sigma(t)
+        return alpha, (alpha * self.std) ** 2 + sigma**2, x_t[:, None] - alpha * self.means
 
     def draw(self, t, n: int, seed: int = 0) -> Tensor:
         t = torch.as_tensor(t, dtype=torch.float64)
