@@ -119,9 +119,14 @@ class Solver(ABC):
             raise ConfigError(f"{type(self).__name__} needs a Gaussian process, not {type(process).__name__}")
         return _cached_plan(self, process, grid)
 
-    @abstractmethod
+    def make_plan(self, process: Any, grid: Grid) -> Plan:
+        """What ``plan`` keeps: one record per interval of the grid; solvers around another one lay out more."""
+        points = make_points(process.schedule, grid)
+        return Plan(process, points, self.coefficients(process.schedule, points))
+
     def coefficients(self, schedule: Schedule, points: tuple[Point, ...]) -> tuple[Any, ...]:
-        """One record per interval."""
+        """One record per interval; without any for solvers that make their own plan."""
+        return ()
 
     def init(self, x: Tensor, plan: Plan) -> State:
         """Start from the state at the first time of the plan."""
@@ -134,5 +139,4 @@ class Solver(ABC):
 
 @functools.lru_cache(maxsize=256)
 def _cached_plan(solver: Solver, process: Any, grid: Grid) -> Plan:
-    points = make_points(process.schedule, grid)
-    return Plan(process, points, solver.coefficients(process.schedule, points))
+    return solver.make_plan(process, grid)
