@@ -67,11 +67,28 @@ def _adapters(_: Path | None) -> Rows:
             yield name, f"broken: {error}"
 
 
+def _tasks(_: Path | None) -> Rows:
+    from polydiff.core import adapter as adapters
+    from polydiff.core.errors import ConfigError
+    from polydiff.core.tasks import declared_by
+
+    for name in adapters.names():
+        try:
+            for task, make in adapters.load(name).tasks.items():
+                keys = options.declared(declared_by(make)).values()
+                shown = ", ".join(f"task.{key.name}={options.show(key.default)} ({key.text})" for key in keys)
+                yield f"{name} {task}", shown or "no options"
+        except ConfigError:  # the table of adapters says why
+            continue
+
+
 def _solvers(_: Path | None) -> Rows:
     from polydiff.core.solvers.names import NAMES
 
     for name, entry in NAMES.items():
-        calls = f"{entry.stages} call{'s' if entry.stages > 1 else ''} a step"
+        calls = "calls to a tolerance"
+        if entry.stages is not None:
+            calls = f"{entry.stages} call{'s' if entry.stages > 1 else ''} a step"
         noise = ", stochastic" if entry.stochastic else ""
         yield name, f"order {entry.order}, {calls}{noise}; {entry.source}"
 
@@ -101,6 +118,7 @@ def _first_line(thing: object) -> str:
 TABLES: dict[str, Callable[[Path | None], Rows]] = {
     "experiments": _experiments,
     "adapters": _adapters,
+    "tasks": _tasks,
     "solvers": _solvers,
     "grids": _grids,
     "schedules": _schedules,

@@ -28,10 +28,17 @@ _WORDS = {
 }
 
 
+class Prefix(NamedTuple):
+    """Marks an open prefix whose field has another name."""
+
+    name: str
+
+
 class Declared(NamedTuple):
     """One option: a field ``name: Annotated[type, "help"] = default`` of a dataclass.
 
-    A field of type ``dict[str, Any]`` is an open prefix: ``cond.label=3`` fills ``cond["label"]``.
+    A field of type ``dict[str, Any]`` is an open prefix: ``cond.label=3`` fills ``cond["label"]``. Its ``prefix`` is its name
+    unless ``Prefix`` says another.
     """
 
     name: str
@@ -39,6 +46,7 @@ class Declared(NamedTuple):
     text: str
     positional: bool
     default: Any
+    prefix: str
 
     @property
     def open(self) -> bool:
@@ -48,7 +56,7 @@ class Declared(NamedTuple):
     @property
     def shown(self) -> str:
         """How messages call it."""
-        return f"{self.name}.<key>" if self.open else self.name
+        return f"{self.prefix}.<key>" if self.open else self.name
 
 
 def declared(kind: type[Any]) -> dict[str, Declared]:
@@ -58,7 +66,8 @@ def declared(kind: type[Any]) -> dict[str, Declared]:
     for entry in fields(kind):
         hint, text, *marks = get_args(hints[entry.name])
         kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        table[entry.name] = Declared(entry.name, kinds, text, POSITIONAL in marks, entry.default)
+        prefix = next((mark.name for mark in marks if isinstance(mark, Prefix)), entry.name)
+        table[entry.name] = Declared(entry.name, kinds, text, POSITIONAL in marks, entry.default, prefix)
     return table
 
 
@@ -70,6 +79,7 @@ def parse(kind: type[Options], words: Sequence[str]) -> Options:
     """
     table = declared(kind)
     place = next((name for name, entry in table.items() if entry.positional), None)
+    opened = {entry.prefix: name for name, entry in table.items() if entry.open}
     given: dict[str, Any] = {}
     for word in words:
         name, equals, text = word.partition("=")
@@ -79,10 +89,10 @@ def parse(kind: type[Options], words: Sequence[str]) -> Options:
                 names = ", ".join(entry.shown for entry in table.values())
                 raise ConfigError(f"cannot read {word!r}: write options as key=value; valid: {names}")
             given[place] = word
-        elif dot and key and prefix in table and table[prefix].open:
-            if key in given.setdefault(prefix, {}):
+        elif dot and key and prefix in opened:
+            if key in given.setdefault(opened[prefix], {}):
                 raise ConfigError(f"{name} is given twice")
-            given[prefix][key] = value_of(word)
+            given[opened[prefix]][key] = value_of(word)
         elif name not in table or table[name].open:
             raise unknown("option", name, (entry.shown for entry in table.values()))
         elif name in given:

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from glob import escape
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from polydiff.core.commands import options
+from polydiff.core.commands.options import Prefix
 from polydiff.core.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from polydiff.core.run import Run
 
 RECORD = "samples.json"
+GIVEN = "given"  # folder of what a task was given
 SECONDS_TO_LOCK = 60.0  # a draft younger than this may belong to a process that is about to lock it
 
 
@@ -40,7 +42,12 @@ class Options:
         dict[str, Any], "a condition: index, name, file or folder, a list that cycles, null for without"
     ] = field(default_factory=dict)
     size: Annotated[dict[str, Any], "another size than in training"] = field(default_factory=dict)
-    out: Annotated[Path | None, "folder to write; null: RUN/samples/SOLVER-STEPS-seedSEED"] = None
+    task: Annotated[str | None, "work on something given instead of on nothing (polydiff list tasks)"] = None
+    input: Annotated[Path | None, "what the task works on: a file, or a folder whose files take turns"] = None
+    task_options: Annotated[dict[str, Any], "an option of the task; polydiff list tasks has them", Prefix("task")] = (
+        field(default_factory=dict)
+    )
+    out: Annotated[Path | None, "folder to write; null: RUN/samples/[TASK-]SOLVER-STEPS-seedSEED"] = None
     format: Annotated[str | None, "file format; null: the adapter's first"] = None
     batch: Annotated[int, "samples drawn at a time"] = 64
     deterministic_batch: Annotated[int | None, "pad every network call to this many: same bits for any n"] = None
@@ -54,6 +61,7 @@ def explain() -> str:
         Options,
         "polydiff sample run=runs/image-digits",
         "polydiff sample run=runs/image-digits n=10 'cond.label=[0,1,2]' solver=heun steps=50 guidance=1.5",
+        "polydiff sample run=runs/image-digits task=inpaint input=photo.png 'task.box=[2,2,4,4]'",
     )
 
 
@@ -71,6 +79,8 @@ def main(words: list[str]) -> int:
     codec = run.adapter.codec(run.facts)
     if chosen.format is not None and chosen.format not in codec.formats:
         raise unknown("format", chosen.format, codec.formats)
+    if chosen.task is None and (chosen.input is not None or chosen.task_options):
+        raise ConfigError("input= and task.<key>= say how a task works: add task=NAME")
     record = {
         "format_version": 1,
         "adapter": run.adapter.name,
@@ -85,6 +95,8 @@ def main(words: list[str]) -> int:
         "deterministic_batch": chosen.deterministic_batch,
         "facts": run.facts,
     }
+    if chosen.task is not None:
+        record["task"] = _task(run, chosen)
     run.check_count(chosen.n, chosen.size)
     folder = choose_folder(run.path, chosen.out, record)
     with replacing(folder) as draft, progress("sample", chosen.n) as advance:
@@ -100,10 +112,14 @@ def main(words: list[str]) -> int:
             batch=chosen.batch,
             deterministic_batch=chosen.deterministic_batch,
             advance=advance,
+            task=chosen.task,
+            input=chosen.input,
+            options=chosen.task_options,
         )
         files = codec.write(items, draft, chosen.format)
+        given = write_given(codec, items, draft, chosen.format)
         record["samples"] = [
-            _entry(run, item, file, k) for k, (item, file) in enumerate(zip(items, files, strict=True))
+            _entry(run, item, file, k, given.get(k)) for k, (item, file) in enumerate(zip(items, files, strict=True))
         ]
         (draft / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(
@@ -126,7 +142,8 @@ def choose_folder(run: Path, out: Path | None, record: dict[str, Any]) -> Path:
         if differing:
             raise ConfigError(f"out={out} {differing}: choose another folder")
         return out
-    name = f"{record['solver']}-{record['steps']}-seed{record['seed']}"
+    task = f"{record['task']['name']}-" if "task" in record else ""
+    name = f"{task}{record['solver']}-{record['steps']}-seed{record['seed']}"
     number = 1
     while True:
         folder = run / "samples" / (name if number == 1 else f"{name}-{number}")
@@ -150,7 +167,8 @@ def _occupied(folder: Path, record: dict[str, Any]) -> str:
         return "holds samples of other settings"
     entries = old.get("samples")
     own = {entry.get("file") for entry in entries if isinstance(entry, dict)} if isinstance(entries, list) else set()
-    others = sorted(path.name for path in folder.iterdir() if path.name not in own | {RECORD})
+    own |= {RECORD, *([GIVEN] if "task" in record else [])}
+    others = sorted(path.name for path in folder.iterdir() if path.name not in own)
     return f"also holds {others[0]}" if others else ""
 
 
@@ -211,7 +229,33 @@ def _umask() -> int:
     return mask
 
 
-def _entry(run: Run, item: Item, file: Path, k: int) -> dict[str, Any]:
+def write_given(codec: Any, items: Sequence[Item], folder: Path, format: str | None) -> dict[int, str]:
+    """Write what a task was given into a folder beside its samples, equal things once; the file of each sample."""
+    from polydiff.core.tree import leaves
+
+    distinct: dict[tuple[bytes, ...], Item] = {}
+    keys: dict[int, tuple[bytes, ...]] = {}
+    for k, item in enumerate(items):
+        if (given := item.meta.get("given")) is not None:
+            keys[k] = tuple(leaf.contiguous().numpy().tobytes() for leaf in leaves(given.x))
+            distinct.setdefault(keys[k], given)
+    if not distinct:
+        return {}
+    paths = codec.write(list(distinct.values()), folder / GIVEN, format)
+    files = {key: f"{GIVEN}/{Path(path).name}" for key, path in zip(distinct, paths, strict=True)}
+    return {k: files[key] for k, key in keys.items()}
+
+
+def _task(run: Run, chosen: Options) -> dict[str, Any]:
+    """What the record says of the task: its options with their defaults, as JSON has them."""
+    from polydiff.core.tasks import choose
+
+    _, settings = choose(run.adapter, str(chosen.task), chosen.task_options)
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
+    return {"name": chosen.task, "input": None if chosen.input is None else str(chosen.input), "options": values}
+
+
+def _entry(run: Run, item: Item, file: Path, k: int, given: str | None = None) -> dict[str, Any]:
     cond: dict[str, Any] = {}
     for name, value in item.cond.items():
         classes, read = (run.facts.get("classes") or {}).get(name), item.meta.get("files", {}).get(name)
@@ -221,4 +265,7 @@ def _entry(run: Run, item: Item, file: Path, k: int) -> dict[str, Any]:
             cond[name] = {"index": int(value), "name": str(classes[int(value)])}
         else:
             cond[name] = value.tolist()
-    return {"file": Path(file).name, "index": k, "cond": cond}
+    entry = {"file": Path(file).name, "index": k, "cond": cond}
+    if "task" in item.meta:
+        entry |= {"given": given, "task": item.meta["task"]}
+    return entry

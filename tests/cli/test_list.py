@@ -22,6 +22,7 @@ def test_list_shows_what_there_is(polydiff: Callable[..., tuple[int, str, str]],
     assert names(out) == {
         "experiments": {path.stem for path in (root / "configs/experiment").glob("*.yaml")},
         "adapters": {*adapters.names()},
+        "tasks": {name for name in adapters.names() if adapters.load(name).tasks},
         "solvers": {*NAMES},
         "grids": {*GRIDS},
         "schedules": {*SCHEDULES},
