@@ -7,6 +7,7 @@ not on the device: draws are made on the CPU in float32, at the item's own valid
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,20 +15,29 @@ import torch
 from torch import Tensor
 
 from polydiff.core.errors import ConfigError
+from polydiff.core.schedules import as_time
+
+_REACH, _CELLS = 64.0, 2**27  # a Brownian path runs over log-SNR -64 to 64 and is known at 2^27 + 1 places, 1e-6 apart
 
 
 class Noise:
     """Per-item streams of standard normal numbers.
 
+    With ``brownian`` the draws that name an interval of log-SNR are the normalised increments of one Brownian path for
+    each item and purpose, whatever the grid: a solver with a given seed then converges to one sample as its steps are
+    made smaller. Increments of intervals that do not overlap are independent, all have unit variance.
+
     Args:
         seed: the run's seed.
         items: the number of each item of the batch; item 7 draws the same whether it stands in a batch of 1 or of 64.
+        brownian: draw along Brownian paths; about a hundred times as slow.
         mask_axis: axis of the batch along which masks run.
     """
 
-    def __init__(self, seed: int, items: Iterable[int], *, mask_axis: int = 1) -> None:
+    def __init__(self, seed: int, items: Iterable[int], brownian: bool = False, *, mask_axis: int = 1) -> None:
         self.seed = int(seed)
         self.items = [int(item) for item in items]
+        self.brownian = brownian
         self.mask_axis = mask_axis
 
     def __len__(self) -> int:
@@ -46,37 +56,83 @@ class Noise:
             k: number of the draw, usually the interval.
             purpose: what for; each purpose has its own stream, and each leaf of a product its own purpose.
             like: gives shape, dtype and device.
-            t, s: the interval's ends, for noise that depends on them; unused by independent draws.
+            t, s: log-SNR at the interval's ends, for Brownian noise; independent draws do not use them, and neither
+                does a step that does not raise the log-SNR.
             mask: valid elements, bool (b, n); an item's draw has the shape of its valid part.
         """
         if isinstance(like, dict):
             return {name: self.draw(k, f"{purpose}/{name}", leaf, t, s, mask) for name, leaf in like.items()}
         if like.shape[0] != len(self.items):
             raise ConfigError(f"noise for {len(self.items)} items was asked for a batch of {like.shape[0]}")
+        ends = _places(t, s) if self.brownian and t is not None and s is not None else None
         shape = tuple(like.shape[1:])
         axis = self.mask_axis % like.ndim - 1
         out = torch.zeros((len(self.items), *shape))
         valid = None if mask is None else mask.cpu()
         for row, target in enumerate(out):
-            generator = self.generator(row, k, purpose)
-            if valid is None:
-                torch.randn(shape, generator=generator, out=target)
+            index = None if valid is None else valid[row].nonzero()[:, 0]
+            own = shape if index is None else (*shape[:axis], len(index), *shape[axis + 1 :])
+            if ends is None:
+                z = torch.randn(own, generator=self.generator(row, k, purpose))
             else:
-                index = valid[row].nonzero()[:, 0]
-                own = [*shape[:axis], len(index), *shape[axis + 1 :]]
-                target.index_copy_(axis, index, torch.randn(own, generator=generator))
+                scale = math.sqrt(_CELLS / (2 * _REACH) / (ends[1] - ends[0]))
+                z = (scale * (self._path(row, purpose, ends[1], own) - self._path(row, purpose, ends[0], own))).float()
+            if index is None:
+                target.copy_(z)
+            else:
+                target.index_copy_(axis, index, z)
         return out.to(device=like.device, dtype=like.dtype)
+
+    def _path(self, row: int, purpose: str, place: int, shape: tuple[int, ...]) -> Tensor:
+        """Brownian motion that is 0 at log-SNR -64, by bisection: the middle of two known places given their values.
+
+        Every middle has a stream of its own, so the order in which places are asked for does not matter.
+        """
+
+        def normal(k: int) -> Tensor:
+            return torch.randn(shape, generator=self.generator(row, k, f"{purpose}/brownian"), dtype=torch.float64)
+
+        low, high = 0, _CELLS
+        at_low, at_high = torch.zeros(shape, dtype=torch.float64), math.sqrt(2 * _REACH) * normal(high)
+        while low < place < high:
+            middle = (low + high) // 2
+            half = math.sqrt(2 * _REACH * (high - low) / _CELLS) / 2
+            at_middle = 0.5 * (at_low + at_high) + half * normal(middle)
+            if place < middle:
+                high, at_high = middle, at_middle
+            else:
+                low, at_low = middle, at_middle
+        return at_low if place == low else at_high
+
+
+def _places(t: Any, s: Any) -> tuple[int, int] | None:
+    """Where an interval of log-SNR lies on the lattice of Brownian paths; None if it is empty there or runs backwards."""
+    first, last = (round((min(max(float(end), -_REACH), _REACH) / _REACH + 1) * (_CELLS // 2)) for end in (t, s))
+    return (first, last) if first < last else None
 
 
 class Projected:
-    """A noise whose draws go through ``process.project``; what the sampling loop hands to solvers."""
+    """A noise whose draws go through ``process.project``; what the sampling loop hands to solvers.
 
-    def __init__(self, noise: Noise, process: Any, mask: Tensor | None, fixed: Tensor | None) -> None:
-        self.noise, self.process, self.mask, self.fixed = noise, process, mask, fixed
+    ``suffix`` is added to every purpose.
+    """
 
-    def draw(self, k: int, purpose: str, like: Any, t: Any = None, s: Any = None) -> Any:
-        """As ``Noise.draw``, projected."""
-        return self.process.project(self.noise.draw(k, purpose, like, t, s, self.mask), self.mask, self.fixed)
+    def __init__(self, noise: Noise, process: Any, mask: Tensor | None, fixed: Tensor | None, suffix: str = "") -> None:
+        self.noise, self.process, self.mask, self.fixed, self.suffix = noise, process, mask, fixed, suffix
+
+    def draw(self, k: int, purpose: str, like: Any, t: Tensor | None = None, s: Tensor | None = None) -> Any:
+        """As ``Noise.draw`` for an interval of time from t to s, projected."""
+        if self.noise.brownian and t is not None and s is not None:
+            t, s = (self.process.schedule.log_snr(as_time(end)) for end in (t, s))
+        return self.project(self.noise.draw(k, purpose + self.suffix, like, t, s, self.mask))
+
+    def project(self, z: Any) -> Any:
+        """``process.project`` with the mask and the fixed elements of the state that is sampled."""
+        return self.process.project(z, self.mask, self.fixed)
+
+    def again(self, suffix: str) -> Projected:
+        """The same items with fresh draws, for an interval that is gone through once more."""
+        return Projected(self.noise, self.process, self.mask, self.fixed, f"{self.suffix}/{suffix}")
 
 
 def as_noise(
