@@ -24,6 +24,7 @@ class Grid:
     Args:
         times: the times; float64 numbers.
         final: add one last interval from ``times[-1]`` to sigma = 0, which returns x0_hat; it counts as a step.
+        upward: the times increase instead, from data to noise; then there is no final interval.
 
     Raises:
         ScheduleError: times that increase, repeat, are not finite or leave [0, 1]; fewer than one interval.
@@ -31,22 +32,30 @@ class Grid:
 
     times: tuple[float, ...]
     final: bool = False
+    upward: bool = False
 
     def __post_init__(self) -> None:
         times = tuple(float(t) for t in self.times)
         object.__setattr__(self, "times", times)
+        if self.final and self.upward:
+            raise ScheduleError("a grid that runs upward, from data to noise, has no final interval")
         if self.steps < 1:
             raise ScheduleError(f"a grid of {len(times)} time(s) has no interval: give at least two, or final=True")
         for k, t in enumerate(times):
             if not 0 <= t <= 1:
                 raise ScheduleError(f"time {k} of the grid is {t}; times lie in [0, 1], 0 = data and 1 = noise")
-            if k and t >= times[k - 1]:
-                raise ScheduleError(f"times must decrease strictly, but time {k} is {t} after {times[k - 1]}")
+            if k and (t <= times[k - 1] if self.upward else t >= times[k - 1]):
+                way = "increase" if self.upward else "decrease"
+                raise ScheduleError(f"times must {way} strictly, but time {k} is {t} after {times[k - 1]}")
 
     @property
     def steps(self) -> int:
         """Number of intervals."""
         return len(self.times) - 1 + self.final
+
+    def reversed(self) -> Grid:
+        """The same times the other way, without a final interval."""
+        return Grid(self.times[::-1], upward=not self.upward)
 
 
 def _between(start: float, end: float, n: int) -> Tensor:
@@ -160,4 +169,7 @@ def as_grid(grid: str | Grid | Tensor | Sequence[float], steps: int, process: An
         return make_grid(grid, steps, process)
     if isinstance(grid, Grid):
         return grid
-    return Grid(tuple(torch.as_tensor(grid, dtype=torch.float64).tolist()))
+    times = torch.as_tensor(grid, dtype=torch.float64)
+    if times.ndim != 1:
+        raise ScheduleError(f"the times of a grid are one row of numbers, not a tensor of shape {tuple(times.shape)}")
+    return Grid(tuple(times.tolist()))

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polydiff.core.denoiser import Denoise, as_prediction, finite
-from polydiff.core.errors import DivergenceError
-from polydiff.core.grids import Grid, as_grid
+from polydiff.core.denoiser import Denoise, Prediction, as_prediction, finite
+from polydiff.core.errors import ConfigError, DivergenceError
+from polydiff.core.grids import Grid, as_grid, make_grid
 from polydiff.core.noise import Noise, Projected, as_noise
 from polydiff.core.solvers import Solver, resolve
-from polydiff.core.tree import batch_size, tree_map
+from polydiff.core.tree import batch_size, leaves, tree_map
 
 Callback = Callable[[int, Tensor, Any, Any], None]
 
@@ -66,14 +66,64 @@ def sample(
         State at the last time, or x0_hat for a grid with a final interval.
 
     Raises:
-        ConfigError: unknown names, or a solver that does not work on this process. ScheduleError: a grid that does not
-            decrease or starts where the denoiser says nothing. DivergenceError: the result is not finite.
+        ConfigError: unknown names, a solver that does not work on this process, a state that is not finite, or a denoiser
+            that returns anything but a tensor like the state. ScheduleError: a grid that does not decrease or starts
+            where the denoiser says nothing. DivergenceError: the denoiser or the result is not finite.
+    """
+    return _drive(
+        denoise, process, x_T, resolve(solver), as_grid(grid, steps, process), mask, fixed, generator, callback
+    )
+
+
+@torch.no_grad()
+def encode(
+    denoise: Denoise,
+    process: Any,
+    x0: Any,
+    solver: str | Solver = "rk45",
+    steps: int = 10,
+    grid: str | Grid | Tensor | Sequence[float] = "karras",
+    mask: Tensor | None = None,
+) -> Any:
+    """Integrate the probability flow from data to noise: ``sample`` without noise, the other way.
+
+    Args:
+        denoise, process, solver, mask: as in ``sample``; the solver draws no noise.
+        x0: state at the last time of the grid, (b, *dims); for a named grid that is the process's t_min.
+        steps: number of intervals of a named grid, which runs to t_min and has no final interval.
+        grid: as in ``sample``, decreasing, although it is walked from its end to its start.
+
+    Returns:
+        State at the first time of the grid; ``sample`` on the same times leads back.
+
+    Raises:
+        ConfigError: as ``sample``, or a solver that draws noise. ScheduleError, DivergenceError: as ``sample``.
     """
     method = resolve(solver)
-    plan = method.plan(process, as_grid(grid, steps, process))
-    noise = Projected(as_noise(generator, batch_size(x_T), getattr(process, "mask_axis", 1)), process, mask, fixed)
-    hold = _holder(process, x_T, fixed)
+    if method.stochastic:
+        raise ConfigError(f"encode needs a solver without noise, not {solver}: take rk45, ddim or heun")
+    down = make_grid(grid, steps, process, final=False) if isinstance(grid, str) else as_grid(grid, steps, process)
+    return _drive(denoise, process, x0, method, down.reversed(), mask, None, 0, None)
+
+
+def _drive(
+    denoise: Denoise,
+    process: Any,
+    x: Any,
+    method: Solver,
+    grid: Grid,
+    mask: Tensor | None,
+    fixed: Tensor | None,
+    generator: Any,
+    callback: Callback | None,
+) -> Any:
+    """Run a solver over a grid. Only the first step's predictions are looked at; a run that fails is repeated with all."""
+    check_state(x)
+    plan = method.plan(process, grid)
+    noise = Projected(as_noise(generator, batch_size(x), getattr(process, "mask_axis", 1)), process, mask, fixed)
+    hold = _holder(process, x, fixed)
     last: list[Any] = []
+    place = [0]
 
     def guarded(x_t: Any, t: Tensor) -> Any:
         prediction = denoise(hold(x_t), t)
@@ -82,17 +132,70 @@ def sample(
         return prediction
 
     call = denoise if fixed is None and callback is None else guarded
-    state = method.init(x_T, plan)
-    for k in range(len(plan)):
-        state = method.step(state, k, plan, call, noise)
-        if callback is not None:
-            callback(k, plan.points[k].t, hold(state.x), hold(last[0]))
-    result = hold(state.x)
-    if not finite(result):
+
+    def run(strict: bool) -> Any:
+        def checked(x_t: Any, t: Tensor) -> Any:
+            output = call(x_t, t)
+            time = float(t) if t.ndim == 0 else float(t[0])
+            check_output(output, x_t, f"at step {place[0] + 1} of {len(plan)}, t = {time:.6g}", numbers=strict)
+            return output
+
+        state = method.init(x, plan)
+        use: Denoise = checked
+        for k in range(len(plan)):
+            place[0] = k
+            state = method.step(state, k, plan, use, noise)
+            if not strict:
+                use = call
+                if callback is not None:
+                    callback(k, plan.points[k].t, hold(state.x), hold(last[0]))
+        return hold(state.x)
+
+    try:
+        result = run(strict=False)
+    except (RuntimeError, DivergenceError):
+        run(strict=True)  # noise is the same again; it names a denoiser that is at fault
+        raise
+    if not finite(result) or any(a.shape != b.shape for a, b in zip(leaves(result), leaves(x), strict=True)):
+        run(strict=True)
         raise DivergenceError(
             f"the sample is not finite after {len(plan)} steps: try more steps, another grid, or less guidance"
         )
     return result
+
+
+def check_state(x: Any) -> None:
+    """Refuse a state that is not of finite floating-point numbers, (b, *dims)."""
+    for leaf in leaves(x):
+        if not (isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim):
+            raise ConfigError("a state is a floating-point tensor (b, *dims)")
+        if not finite(leaf):
+            row = int((~torch.isfinite(leaf).reshape(len(leaf), -1).all(1)).nonzero()[0])
+            raise ConfigError(f"the state to start from is not finite: look at item {row} of {len(leaf)}")
+
+
+def check_output(output: Any, x_t: Any, place: str, numbers: bool = True) -> None:
+    """Refuse what a Denoise returned unless it is like the state, and finite where ``numbers`` are looked at.
+
+    Raises:
+        ConfigError: another type, shape, dtype or device. DivergenceError: not finite.
+    """
+    value = output.value if isinstance(output, Prediction) else output
+    if isinstance(value, dict) != isinstance(x_t, dict) or not all(isinstance(leaf, Tensor) for leaf in leaves(value)):
+        raise ConfigError(f"the denoiser returned a {type(value).__name__} {place}: a Prediction or a tensor is needed")
+    for got, like in zip(leaves(value), leaves(x_t), strict=True):
+        for name, ours, needed in (
+            ("shape", tuple(got.shape), tuple(like.shape)),
+            ("dtype", got.dtype, like.dtype),
+            ("device", got.device, like.device),
+        ):
+            if ours != needed:
+                raise ConfigError(f"the denoiser returned {name} {ours} for a state of {name} {needed} {place}")
+    if numbers and not finite(value):
+        raise DivergenceError(
+            f"the denoiser returned numbers that are not finite {place}: try more steps, another grid or less guidance, "
+            "or see whether its training diverged"
+        )
 
 
 def _holder(process: Any, reference: Any, fixed: Tensor | None) -> Callable[[Any], Any]:

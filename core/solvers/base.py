@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,13 +25,24 @@ COORDINATES = {"x0": "x0", "eps": "eps", "v": "angle", "flow": "flow", "velocity
 
 
 class Point(NamedTuple):
-    """Schedule values at one time, plain numbers; ``t`` is the 0-dim float64 tensor that denoisers get."""
+    """Schedule values at one time, plain numbers; ``t`` is the 0-dim float64 tensor that denoisers get.
+
+    While a plan is made one Point holds many times: arrays, and ``t`` a tensor of one axis.
+    """
 
     t: Tensor
-    time: float
-    alpha: float
-    sigma: float
-    log_snr: float
+    time: Any
+    alpha: Any
+    sigma: Any
+    log_snr: Any
+
+    def cut(self, start: int, end: int) -> Point:
+        """The times from one place to another."""
+        return Point(*(column[start:end] for column in self))
+
+    def rows(self) -> list[Point]:
+        """One Point of plain numbers for each time."""
+        return list(map(Point, self.t.unbind(), *(column.tolist() for column in self[1:])))
 
 
 @dataclass(frozen=True)
@@ -57,17 +70,22 @@ class State(NamedTuple):
     history: tuple[Tensor, ...] = ()
 
 
+def tabulate(schedule: Schedule, t: Tensor) -> Point:
+    """Evaluate a schedule at many times (n,), float64."""
+    return Point(t, *(column.numpy() for column in (t, schedule.alpha(t), schedule.sigma(t), schedule.log_snr(t))))
+
+
 def make_points(schedule: Schedule, grid: Grid) -> tuple[Point, ...]:
     """Evaluate a schedule at the times of a grid, vectorised in float64; a final grid ends at the data."""
-    t = as_time(grid.times)
-    columns = (t, schedule.alpha(t), schedule.sigma(t), schedule.log_snr(t))
-    points = [
-        Point(torch.tensor(row[0], dtype=torch.float64), *row)
-        for row in zip(*(column.tolist() for column in columns), strict=True)
-    ]
+    points = tabulate(schedule, as_time(grid.times)).rows()
     if grid.final:
         points.append(Point(torch.zeros((), dtype=torch.float64), 0.0, 1.0, 0.0, math.inf))
     return tuple(points)
+
+
+def gather(points: Sequence[Point]) -> Point:
+    """Many points as one that holds arrays."""
+    return Point(torch.empty(0), *np.array([point[1:] for point in points]).T)
 
 
 def first_order(start: Point, end: Point) -> tuple[float, float]:
@@ -78,9 +96,9 @@ def first_order(start: Point, end: Point) -> tuple[float, float]:
     return ratio, end.alpha - start.alpha * ratio
 
 
-def is_end(start: Point, end: Point) -> bool:
+def is_end(start: Point, end: Point) -> Any:
     """Whether an interval touches an infinite log-SNR (or alpha under 1e-6) and is taken at first order in x0_hat."""
-    return start.alpha < ALPHA_FLOOR or not (math.isfinite(start.log_snr) and math.isfinite(end.log_snr))
+    return (start.alpha < ALPHA_FLOOR) | ~(np.isfinite(start.log_snr) & np.isfinite(end.log_snr))
 
 
 def predict(denoise: Denoise, process: Any, x: Tensor, point: Point) -> Prediction:
@@ -99,13 +117,13 @@ class Solver(ABC):
 
     Attributes:
         order: global order of accuracy of the method without noise.
-        stages: calls of the denoiser per interval.
+        stages: calls of the denoiser per interval, or None where they are not known before.
         stochastic: whether steps draw noise.
         needs: ``"gaussian"`` or ``"any"`` process.
     """
 
     order: int
-    stages: int
+    stages: int | None
     stochastic: bool
     needs: str = "gaussian"
 
@@ -131,6 +149,10 @@ class Solver(ABC):
     def init(self, x: Tensor, plan: Plan) -> State:
         """Start from the state at the first time of the plan."""
         return State(x)
+
+    def calls(self, plan: Plan) -> int | None:
+        """Calls of the denoiser that a plan takes; None where that depends on what is sampled."""
+        return sum(1 + len(getattr(step, "stages", ())) for step in plan.steps)
 
     @abstractmethod
     def step(self, state: State, k: int, plan: Plan, denoise: Denoise, noise: Any) -> State:

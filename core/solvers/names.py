@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from polydiff.core.errors import ConfigError, unknown
+from polydiff.core.solvers.adaptive import Adaptive
 from polydiff.core.solvers.base import Solver
 from polydiff.core.solvers.multistep import Multistep
 from polydiff.core.solvers.runge_kutta import Churn, RungeKutta
@@ -22,8 +23,8 @@ class Entry(NamedTuple):
         return self.solver.order
 
     @property
-    def stages(self) -> int:
-        """Calls of the denoiser per interval."""
+    def stages(self) -> int | None:
+        """Calls of the denoiser per interval; None where the solver chooses."""
         return self.solver.stages
 
     @property
@@ -58,6 +59,7 @@ NAMES: dict[str, Entry] = {
     "dpmpp-2m-sde": Entry(
         Multistep(2, "x0", rule="midpoint", eta=1.0), "Lu 2022 (DPM-Solver++), section 5: SDE-DPM-Solver++(2M)"
     ),
+    "rk45": Entry(Adaptive(), "Dormand 1980, table 2, in the angle; the tolerance is Adaptive's"),
     "ab2-v": Entry(Multistep(2, "v", "angle"), "Adams-Bashforth in the angle; ours"),
 }
 

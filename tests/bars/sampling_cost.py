@@ -25,7 +25,7 @@ EVALUATIONS = (10, 20, 35)
 
 def measure(model: Run, n: int, solver: str, evaluations: int, batch: int) -> tuple[float, Metric]:
     """Samples a second, and their Frechet distance."""
-    steps = round(evaluations / resolve(solver).stages)
+    steps = round(evaluations / (resolve(solver).stages or 1))
     options: dict[str, Any] = {"solver": solver, "steps": steps, "guidance": 1.0, "batch": batch}
     draw(model, min(n, batch), **options)  # the first call of a shape is slower
     began = time.perf_counter()
