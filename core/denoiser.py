@@ -139,6 +139,12 @@ class Prediction:
         """The same state, time and fraction with another value of a field (default: the one given)."""
         return Prediction(self.process, self.x_t, self.t, fraction=self._fraction, **{field or self.given: value})
 
+    def detach(self) -> Prediction:
+        """The same numbers without their gradient."""
+        fraction = None if self._fraction is None else self._fraction.detach()
+        value = {self.given: self.value.detach()}
+        return Prediction(self.process, self.x_t.detach(), self.t, fraction=fraction, **value)
+
     @property
     def fraction(self) -> Tensor:
         """Where the reverse variance lies between its lower and its upper choice, element by element.
@@ -329,7 +335,7 @@ class Denoiser(nn.Module):
         def denoise(x_t: Tensor, t: Tensor) -> Prediction:
             prediction = self(x_t, t, mask, fixed_cond)
             if remembers:
-                fixed_cond["x0_hat"] = prediction.x0
+                fixed_cond["x0_hat"] = prediction.x0.detach()
             return prediction
 
         return denoise

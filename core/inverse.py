@@ -1,0 +1,275 @@
+r"""Inverse problems: guides that sample the data behind an observation y = A(x_0) + sigma_y z.
+
+Each moves the prediction along the gradient of an approximate log p(y | x_t), which adds :math:`J^T A^T u` to the score:
+
+.. math:: \hat x_0' = \hat x_0 + \frac{\sigma_t^2}{\alpha_t} J^T A^T u, \qquad J = \partial\hat x_0/\partial x_t
+
+====== ========================================================================================================
+guide  u, of the residual :math:`r = y - A\hat x_0`
+====== ========================================================================================================
+DPS    :math:`\zeta\, r / |r|`
+PiGDM  :math:`(\sigma_y^2 + \rho_t^2 A A^T)^{-1} r` with :math:`\rho_t^2 = \sigma_t^2 s^2/(\alpha_t^2 s^2 + \sigma_t^2)`
+MMPS   :math:`(\sigma_y^2 + A V A^T)^{-1} r` with the covariance :math:`V = (\sigma_t^2/\alpha_t) J` of x_0 given x_t
+====== ========================================================================================================
+
+MMPS is exact on every Gaussian prior, PiGDM on N(m, s^2). A is any differentiable function of a batch of states, linear
+but for DPS; its adjoint comes from automatic differentiation. ``Select``, ``AverageBlocks``, ``Mix``, ``Matrix`` and
+``identity`` are the common ones.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from polydiff.core.denoiser import Denoise, Prediction
+from polydiff.core.errors import ConfigError
+from polydiff.core.guidance import Guide, check_where, differentiable, gradient_of, need_prediction, need_signal
+from polydiff.core.tree import expand
+
+Linear = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Posterior(Guide):
+    """What the guides of the module's table share.
+
+    Args:
+        y: what is observed, without batch axis, or (b, ...) after ``stack``; in the units that ``operator`` makes of
+            normalised data, and zero where it observes nothing.
+        operator: A, from states (b, *dims) to observations (b, ...).
+        mask: valid elements, bool (n,) or (b, n); nothing else is moved.
+
+    Raises:
+        ConfigError: a number that is not finite or has the wrong sign; when called: an operator whose output does not have
+            the shape of ``y`` or that is not linear, a Denoise that detaches its input or returns a bare state.
+        ScheduleError: when called: at a time where alpha is under 1e-6.
+    """
+
+    y: Tensor
+    operator: Linear
+    mask: Tensor | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not bool(torch.isfinite(self.y).all()):
+            raise ConfigError(f"{int((~torch.isfinite(self.y)).sum())} of the observed numbers y are not finite")
+
+    @abstractmethod
+    def weigh(self, residual: Tensor, prediction: Prediction, pull: Linear) -> Tensor:
+        """u of the module's table; ``pull`` is V A^T."""
+
+    def __call__(self, denoise: Denoise) -> Denoise:
+        """The guided Denoise."""
+        name = type(self).__name__
+
+        def guided(x_t: Tensor, t: Tensor) -> Prediction:
+            x, again = differentiable(x_t)
+            with torch.enable_grad():
+                prediction = need_signal(need_prediction(denoise(x, t), name), name)
+                x0_hat = prediction.x0
+                seen = self.operator(x0_hat)
+            if self.y.shape not in (seen.shape, seen.shape[1:]):
+                raise ConfigError(f"the operator makes {tuple(seen.shape)} of a state, y has {tuple(self.y.shape)}")
+            process, schedule = prediction.process, prediction.process.schedule
+            scale = expand(schedule.sigma(prediction.t) ** 2 / schedule.alpha(prediction.t), x_t)
+            mask = None if self.mask is None else self.mask.to(x_t.device).expand(x_t.shape[0], -1)
+
+            def pull(u: Tensor) -> Tensor:
+                return scale * process.project(gradient_of(seen, x, u, again, "the observed x0_hat"), mask)
+
+            with torch.set_grad_enabled(again):
+                u = self.weigh(self.y.to(seen) - seen, prediction, pull)
+                moved = prediction.replace(x0_hat + pull(u), "x0")
+            return moved if again else moved.detach()
+
+        return guided
+
+
+@dataclass(frozen=True, eq=False)
+class DPS(Posterior):
+    """Diffusion posterior sampling: a step of fixed length against the residual; A may be nonlinear.
+
+    Args:
+        zeta: the length, in units of 1/y; 1 for data and observations of unit variance. See ``Posterior`` for the others.
+
+    Source: Chung 2023 (DPS), eq. 16 and algorithm 1; the step is taken in the score, so that every solver can use it.
+    """
+
+    zeta: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not math.isfinite(self.zeta):
+            raise ConfigError(f"zeta = {self.zeta} must be a finite number")
+
+    def weigh(self, residual: Tensor, prediction: Prediction, pull: Linear) -> Tensor:
+        """zeta r / |r|."""
+        length = residual.flatten(1).norm(dim=1).clamp_min(torch.finfo(residual.dtype).tiny)
+        return self.zeta * residual / expand(length, residual)
+
+
+@dataclass(frozen=True, eq=False)
+class MMPS(Posterior):
+    """Moment matching posterior sampling: the covariance of x_0 given x_t by Tweedie's formula.
+
+    Args:
+        sigma_y: standard deviation of the noise in y.
+        iterations: most steps of ``solve``; each is one backward pass through the network.
+        tolerance: residual, relative to r, at which an item is solved. See ``Posterior`` for the others.
+
+    Source: Rozet 2024, eq. 13 and algorithm 3, with conjugate residuals instead of conjugate gradients, since the Jacobian of a
+    learned network is only about symmetric.
+    """
+
+    sigma_y: float = 0.0
+    iterations: int = 8
+    tolerance: float = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.sigma_y) and self.sigma_y >= 0):
+            raise ConfigError(f"sigma_y = {self.sigma_y} must be finite and at least 0")
+        if self.iterations < 1 or not self.tolerance >= 0:
+            raise ConfigError(f"iterations = {self.iterations} and tolerance = {self.tolerance} must be positive")
+
+    def weigh(self, residual: Tensor, prediction: Prediction, pull: Linear) -> Tensor:
+        """(sigma_y^2 + A V A^T)^-1 r."""
+        if bool(self.operator(torch.zeros_like(prediction.x_t)).any()):
+            raise ConfigError(f"{type(self).__name__} needs a linear operator, but this one is not 0 at 0")
+        covariance = self.covariance(prediction, pull)
+        return solve(
+            lambda u: self.sigma_y**2 * u + self.operator(covariance(u)), residual, self.iterations, self.tolerance
+        )
+
+    def covariance(self, prediction: Prediction, pull: Linear) -> Linear:
+        """V A^T."""
+        return pull
+
+
+@dataclass(frozen=True, eq=False)
+class PiGDM(MMPS):
+    """Pseudo-inverse guidance: the covariance of x_0 given x_t is that of data N(m, s^2), one number.
+
+    Args:
+        variance: s^2 of the normalised data. An iteration costs no pass through the network here. See ``MMPS``, ``Posterior``.
+
+    Source: Song 2023 (PiGDM), eq. 7 and 8, without the further factor of its algorithm 1.
+    """
+
+    variance: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.variance) and self.variance > 0):
+            raise ConfigError(f"variance = {self.variance} must be finite and positive")
+
+    def covariance(self, prediction: Prediction, pull: Linear) -> Linear:
+        """rho_t^2 A^T."""
+        schedule, t = prediction.process.schedule, prediction.t
+        alpha2, sigma2 = schedule.alpha(t) ** 2 * self.variance, schedule.sigma(t) ** 2
+        scale = expand(sigma2 * self.variance / (alpha2 + sigma2), prediction.x_t)
+        with torch.enable_grad():
+            x = torch.zeros_like(prediction.x_t).requires_grad_()
+            seen = self.operator(x)
+        return lambda u: scale * gradient_of(seen, x, u, torch.is_grad_enabled(), "the operator's output")
+
+
+def solve(apply: Linear, b: Tensor, iterations: int, tolerance: float) -> Tensor:
+    """Solve apply(u) = b for each item by itself, lessening the residual along one new direction an iteration (GCR).
+
+    Args:
+        apply: linear, acts on each item (b, ...) alone; need not be symmetric.
+        b: right-hand sides (b, ...).
+        iterations: most applications.
+        tolerance: relative residual at which an item stops; it is not touched by what others still need.
+
+    Source: Eisenstat 1983, section 2.
+    """
+    dot = lambda v, w: (v * w).flatten(1).sum(1).reshape(-1, *[1] * (b.ndim - 1))
+    past: list[tuple[Tensor, Tensor]] = []  # directions and their images
+    u, residual = torch.zeros_like(b), b
+    for _ in range(iterations):
+        going = dot(residual, residual) > tolerance**2 * dot(b, b)
+        if not bool(going.any()):
+            break
+        direction, image = residual, apply(residual)
+        for other, seen in past:  # images are orthonormal
+            along = dot(image, seen)
+            direction, image = direction - along * other, image - along * seen
+        length = dot(image, image).sqrt()
+        factor = torch.where(going & (length > 0), 1 / torch.where(length > 0, length, 1), 0)
+        direction, image = factor * direction, factor * image
+        along = dot(residual, image)
+        u, residual = u + along * direction, residual - along * image
+        past.append((direction, image))
+    return u
+
+
+def identity(x: Tensor) -> Tensor:
+    """Everything is observed: denoising."""
+    return x
+
+
+@dataclass(frozen=True, eq=False)
+class Select:
+    """Observe some elements and zero for the others: inpainting. ``where`` is bool and broadcasts against (*dims)."""
+
+    where: Tensor
+
+    def __post_init__(self) -> None:
+        check_where(self.where)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Shape (b, *dims)."""
+        if self.where.ndim not in (x.ndim, x.ndim - 1):
+            raise ConfigError(
+                f"where {tuple(self.where.shape)} needs an axis for each axis of an item {tuple(x.shape[1:])}"
+            )
+        return x * self.where.to(x)
+
+
+@dataclass(frozen=True)
+class AverageBlocks:
+    """Average over blocks of the last axes: super-resolution. ``factors`` holds a block length for each of those axes."""
+
+    factors: tuple[int, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Shape (b, ..., n_1 / factors[0], ...)."""
+        for axis, factor in enumerate(self.factors, x.ndim - len(self.factors)):
+            if factor < 1 or x.shape[axis] % factor:
+                raise ConfigError(f"axis {axis} of a state {tuple(x.shape)} does not divide into blocks of {factor}")
+            x = x.unflatten(axis, (-1, factor)).mean(axis + 1)
+        return x
+
+
+@dataclass(frozen=True, eq=False)
+class Mix:
+    """Observe weighted sums along one axis: colourisation. ``weights`` is (k, c) where that axis has length c."""
+
+    weights: Tensor
+    axis: int = 1
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Shape of x with k instead of c."""
+        weights = self.weights.to(x)
+        if weights.ndim not in (2, 3) or weights.shape[-1] != x.shape[self.axis]:
+            raise ConfigError(f"weights {tuple(weights.shape)} do not fit axis {self.axis} of a state {tuple(x.shape)}")
+        many = weights.expand(len(x), -1, -1)
+        return torch.einsum("b...c,bkc->b...k", x.movedim(self.axis, -1), many).movedim(-1, self.axis)
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """Any linear map of a flattened item: ``matrix`` is (m, d), d the number of elements of an item."""
+
+    matrix: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Shape (b, m)."""
+        return Mix(self.matrix)(x.flatten(1))
