@@ -50,7 +50,7 @@ def measure(solver, data, start: float, end: float) -> float:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     given = arguments()
-    solvers = {name: entry.solver for name, entry in NAMES.items() if not entry.stochastic} | FORMS
+    solvers = {name: entry.solver for name, entry in NAMES.items() if entry.stages and not entry.stochastic} | FORMS
     met = []
     for schedule in [given["schedule"]] if "schedule" in given else SCHEDULES:
         process = gaussian(schedule)
