@@ -2,8 +2,22 @@
 
 from polydiff.core.solvers.adaptive import Adaptive
 from polydiff.core.solvers.base import Solver
+from polydiff.core.solvers.euler_maruyama import EulerMaruyama
+from polydiff.core.solvers.langevin import PredictorCorrector
 from polydiff.core.solvers.multistep import Multistep
 from polydiff.core.solvers.names import NAMES, resolve
+from polydiff.core.solvers.resample import Resample
 from polydiff.core.solvers.runge_kutta import Churn, RungeKutta
 
-__all__ = ["NAMES", "Adaptive", "Churn", "Multistep", "RungeKutta", "Solver", "resolve"]
+__all__ = [
+    "NAMES",
+    "Adaptive",
+    "Churn",
+    "EulerMaruyama",
+    "Multistep",
+    "PredictorCorrector",
+    "Resample",
+    "RungeKutta",
+    "Solver",
+    "resolve",
+]

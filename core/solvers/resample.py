@@ -1,0 +1,130 @@
+"""Going back up the forward process and down again: restart sampling and the resampling of RePaint."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from polydiff.core.denoiser import Denoise
+from polydiff.core.errors import ConfigError
+from polydiff.core.grids import Grid, make_grid
+from polydiff.core.schedules import as_time
+from polydiff.core.solvers.base import Plan, Point, Solver, State
+
+
+class _Step(NamedTuple):
+    inner: Plan  # of the solver, from the start of this pass to the end of the grid
+    k: int  # interval of that plan
+    again: str  # marks the noise of this pass; empty for the first
+    below: Point | None  # where to go up from first
+
+
+@dataclass(frozen=True)
+class Resample(Solver):
+    r"""Another solver that goes back up by the forward process and repeats parts of its way down.
+
+    Without a window every stretch of ``jump`` intervals between two noisy points of the grid, counted from the least noisy
+    one, is gone through ``repeats`` more times (RePaint). With a window it is the stretch from ``low`` to ``high`` alone,
+    cut into ``jump`` intervals uniform in (sigma/alpha)^(1/7) (restart sampling); its lower end is the point of the grid
+    nearest to ``low``. Each pass has fresh noise and starts the solver anew, without memory; churn is shared out over the
+    intervals from there to the end.
+
+    Args:
+        solver: the solver of every pass.
+        repeats: how often each stretch is repeated; 0 is the solver alone, and RePaint's r is repeats + 1.
+        jump: intervals of a stretch.
+        low, high: the window, in sigma/alpha.
+
+    Raises:
+        ConfigError: repeats < 0, jump < 1, a window without 0 < low < high < infinity; when a plan is made: no stretch of
+            that length, or no noisy point of the grid below ``high``.
+
+    Source: Lugmayr 2022 (RePaint), algorithm 1 and section 4.2; Xu 2023 (restart sampling), algorithm 2.
+    """
+
+    solver: Solver
+    repeats: int = 1
+    jump: int = 1
+    low: float | None = None
+    high: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.repeats < 0 or self.jump < 1:
+            raise ConfigError(f"repeats = {self.repeats} and jump = {self.jump}: at least 0 and 1 are needed")
+        if (self.low, self.high) != (None, None) and not 0 < (self.low or 0.0) < (self.high or 0.0) < math.inf:
+            raise ConfigError(f"window ({self.low}, {self.high}) must be 0 < low < high, finite, in sigma/alpha")
+        for name in ("order", "stages", "needs"):
+            object.__setattr__(self, name, getattr(self.solver, name))
+        object.__setattr__(self, "stochastic", self.repeats > 0 or self.solver.stochastic)
+
+    def calls(self, plan: Plan) -> int | None:
+        """Calls of the solver on all passes."""
+        return self.solver.calls(replace(plan, steps=tuple(step.inner.steps[step.k] for step in plan.steps)))
+
+    def make_plan(self, process: Any, grid: Grid) -> Plan:
+        """All passes one after the other; ``points[k]`` is where step k starts, after it has gone up if it does."""
+        points: list[Point] = []
+        steps: list[_Step] = []
+        for number, (way, taken) in enumerate(self._passes(process, grid)):
+            inner = one_way(self, self.solver, process, way)
+            below = points.pop() if points else inner.points[0]
+            steps += [_Step(inner, k, f"pass-{number}" if number else "", None) for k in range(taken)]
+            if below.time < inner.points[0].time:
+                steps[-taken] = steps[-taken]._replace(below=below)
+            points += inner.points[: taken + 1]
+        return Plan(process, tuple(points), tuple(steps))
+
+    def _passes(self, process: Any, grid: Grid) -> list[tuple[Grid, int]]:
+        """For each pass the way from its start to the end, and how many intervals of it the pass takes."""
+        passes, here = [], 0
+        for low, above in self._stretches(process, grid.times) if self.repeats else ():
+            passes.append((Grid(grid.times[here:], grid.final), low - here))
+            passes += [(Grid((*above, *grid.times[low:]), grid.final), self.jump)] * self.repeats
+            here = low
+        if here < grid.steps:
+            passes.append((Grid(grid.times[here:], grid.final), grid.steps - here))
+        return passes
+
+    def _stretches(self, process: Any, times: tuple[float, ...]) -> list[tuple[int, tuple[float, ...]]]:
+        """Index of the lower end of each stretch, and the times of the stretch above it."""
+        n = len(times) - 1
+        if self.low is None or self.high is None:
+            if self.jump > n:
+                raise ConfigError(f"jump = {self.jump} is longer than a grid of {n} interval(s) between noisy points")
+            return [(i, times[i - self.jump : i]) for i in range(n % self.jump + self.jump, n + 1, self.jump)]
+        log_snr = process.schedule.log_snr(as_time(times)).tolist()
+        low, high = -math.log(self.low), max(-math.log(self.high), log_snr[0])
+        found = [i for i, value in enumerate(log_snr) if high < value < math.inf]
+        if not found or low <= high:
+            raise ConfigError(f"no noisy point of the grid lies in or under the window ({self.low}, {self.high})")
+        last = min(found, key=lambda i: abs(log_snr[i] - low))
+        start = min(float(process.schedule.t_of_log_snr(as_time(high))), times[0])
+        return [(last, make_grid("karras", self.jump, process, start, times[last], final=False).times[:-1])]
+
+    def step(self, state: State, k: int, plan: Plan, denoise: Denoise, noise: Any) -> State:
+        """Go up where a pass starts above the end of the last one; then one step of the solver."""
+        now: _Step = plan.steps[k]
+        if now.again:
+            noise = noise.again(now.again)
+        if now.k == 0:
+            x = state.x
+            if now.below is not None:
+                z = noise.draw(0, "renoise", x)
+                x = plan.process.renoise(x, now.below.t, plan.points[k].t, z, noise.mask, noise.fixed)
+            state = self.solver.init(x, now.inner)
+        return self.solver.step(state, now.k, now.inner, denoise, noise)
+
+
+def one_way(outer: Solver, solver: Solver, process: Any, grid: Grid) -> Plan:
+    """The plan of a solver inside another one.
+
+    Raises:
+        ConfigError: it does not go through each interval of the grid once.
+    """
+    plan = solver.plan(process, grid)
+    if len(plan) != grid.steps:
+        raise ConfigError(
+            f"{type(solver).__name__} goes up again, so it cannot be inside {type(outer).__name__}: put it around that"
+        )
+    return plan
