@@ -85,7 +85,8 @@ def make_points(schedule: Schedule, grid: Grid) -> tuple[Point, ...]:
 
 def gather(points: Sequence[Point]) -> Point:
     """Many points as one that holds arrays."""
-    return Point(torch.empty(0), *np.array([point[1:] for point in points]).T)
+    columns = np.array([point[1:] for point in points]).T
+    return Point(torch.from_numpy(columns[0]), *columns)
 
 
 def first_order(start: Point, end: Point) -> tuple[float, float]:
@@ -103,13 +104,36 @@ def is_end(start: Point, end: Point) -> Any:
 
 def predict(denoise: Denoise, process: Any, x: Tensor, point: Point) -> Prediction:
     """Call a Denoise at a point of the plan and check that x0_hat can be had from it there."""
-    prediction = as_prediction(process, x, point.t, denoise(x, point.t))
+    return checked(as_prediction(process, x, point.t, denoise(x, point.t)), point)
+
+
+def checked(prediction: Prediction, point: Point) -> Prediction:
+    """A prediction from which x0_hat can be had at this point.
+
+    Raises:
+        ScheduleError: alpha is practically 0, and eps or the score was predicted.
+    """
     if point.alpha < ALPHA_FLOOR and prediction.given in ("eps", "score"):
         raise ScheduleError(
             f"at t = {point.time} alpha is {point.alpha:.1g}, where x0 does not follow from a predicted "
             f"{prediction.given}: start the grid at a smaller t, or use a denoiser that predicts x0, v or velocity"
         )
     return prediction
+
+
+def predict_x0(denoise: Denoise, x: Tensor, point: Point) -> Tensor:
+    """x0_hat at a point of the plan; a Denoise that returns it bare is not wrapped."""
+    output = denoise(x, point.t)
+    return output if isinstance(output, Tensor) else checked(output, point).x0
+
+
+def combine(x: Tensor, scale: float, weights: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
+    """scale x + sum of weights times terms, a new tensor; as many terms as both have."""
+    out = x * scale if scale else torch.zeros_like(x)
+    for weight, term in zip(weights, terms, strict=False):
+        if weight:
+            out.add_(term, alpha=weight)
+    return out
 
 
 class Solver(ABC):

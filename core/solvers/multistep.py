@@ -1,21 +1,13 @@
-r"""Linear multistep methods in the coordinates where the linear part of the probability flow is exact.
+r"""Linear multistep methods in the coordinates of ``polydiff.core.solvers.coordinates``, with corrector and noise.
 
-Along the flow y = x/c obeys dy = p dtau, with
+A step is :math:`x_s = (c_s/c_t)\,x_t + \sum_j w_j p_j`, where :math:`w_j = c_s\int \ell_j\,d\tau` integrates the Lagrange
+polynomials through the last predictions. A corrector takes the step again, with a polynomial that also goes through the
+prediction at its end, where the next step needs it anyway. Both are linear in x, the predictions and the noise, so that
 
-======== ================= ========================== ===========================
-predict  c                 tau                        p
-======== ================= ========================== ===========================
-x0       sigma             alpha/sigma                x0
-eps      alpha             sigma/alpha                eps
-v        hypot             atan2(sigma, alpha)        cos(tau) eps - sin(tau) x0
-flow     alpha + sigma     sigma/(alpha + sigma)      eps - x0
-velocity 1                 t                          alpha' x0 + sigma' eps
-======== ================= ========================== ===========================
+.. math:: x_s^{\text{corrected}} = x_s + \sum_j (w'_j - w_j)\,p_j
 
-so that :math:`x_s = (c_s/c_t) x_t + \sum_j w_j p_j` where :math:`w_j = c_s\int \ell_j\,d\tau` integrates the Lagrange
-polynomials through the last predictions. With noise level eta in the x0 form,
-:math:`c = \sigma(\sigma/\alpha)^{\eta^2}`, :math:`\tau = (\alpha/\sigma)^{1+\eta^2}`, and
-:math:`\sigma_s\sqrt{1 - e^{-2\eta^2 h}}\,z` is added.
+whatever x_t and the noise were: a corrector is nothing but other weights in the step after. With noise level eta in the
+x0 form, :math:`\sigma_s\sqrt{1 - e^{-2\eta^2 h}}\,z` is added.
 """
 
 from __future__ import annotations
@@ -27,77 +19,40 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from polydiff.core.denoiser import Denoise
+from polydiff.core.denoiser import Denoise, as_prediction
 from polydiff.core.errors import ConfigError, unknown
-from polydiff.core.schedules import Schedule, as_time
-from polydiff.core.solvers.base import COORDINATES, Plan, Point, Solver, State, first_order, is_end, predict
+from polydiff.core.schedules import Schedule
+from polydiff.core.solvers.base import (
+    COORDINATES,
+    Plan,
+    Point,
+    Solver,
+    State,
+    checked,
+    combine,
+    first_order,
+    gather,
+    is_end,
+)
+from polydiff.core.solvers.coordinates import VARIABLES, Array, Quadrature, from_x0, tau_span
+from polydiff.core.solvers.runge_kutta import TABLEAUS, Stage, stages, through_stages
 from polydiff.core.variational import log_range
 
-_NODES, _QUADRATURE = np.polynomial.legendre.leggauss(24)  # on [-1, 1]; exact to rounding for |h| up to about 10
-
 NOISE_FORMS = ("sde", "ancestral", "learned")
-
-Array = Any
-
-
-def tau_span(form: str, start: Point, end: Point, eta2: float = 0.0) -> tuple[float, float]:
-    """Numbers c_s/c_t and c_s (tau_s - tau_t) of an interval whose log-SNR is finite at both ends."""
-    h = end.log_snr - start.log_snr
-    if form == "x0":
-        return end.sigma / start.sigma * math.exp(-eta2 * h), -end.alpha * math.expm1(-(1 + eta2) * h)
-    if form == "eps":
-        return end.alpha / start.alpha, -end.sigma * math.expm1(h)
-    if form == "v":
-        c_t, c_s = math.hypot(start.alpha, start.sigma), math.hypot(end.alpha, end.sigma)
-        # atan2 of the difference of the two angles keeps all digits of a small step
-        turn = math.atan2(
-            end.sigma * start.alpha - end.alpha * start.sigma, end.alpha * start.alpha + end.sigma * start.sigma
-        )
-        return c_s / c_t, c_s * turn
-    if form == "flow":
-        c_t, c_s = start.alpha + start.sigma, end.alpha + end.sigma
-        return c_s / c_t, (end.sigma * start.alpha - start.sigma * end.alpha) / c_t
-    return 1.0, end.time - start.time
-
-
-def _density(form: str, log_snr: Array, t: Array, schedule: Schedule, eta2: float) -> Array:
-    """|dtau/dlambda| up to a constant factor per interval: the weight under which polynomials are integrated."""
-    shifted = log_snr - log_snr[:, -1:]
-    if form == "x0":
-        return np.exp((1 + eta2) * shifted)
-    if form == "eps":
-        return np.exp(-shifted)
-    if form == "v":
-        return 1 / np.cosh(log_snr)
-    if form == "flow":
-        return 1 / np.cosh(0.5 * log_snr) ** 2
-    return 1 / np.abs(schedule.dlog_snr(torch.from_numpy(t)).numpy())
-
-
-VARIABLES: dict[str, Callable[[Array, Array], Array]] = {  # of (log-SNR, t)
-    "log_snr": lambda log_snr, t: log_snr,
-    "t": lambda log_snr, t: t,
-    "sigma_over_alpha": lambda log_snr, t: np.exp(-log_snr),
-    "angle": lambda log_snr, t: np.arctan(np.exp(-log_snr)),
-    "flow": lambda log_snr, t: 1 / (1 + np.exp(log_snr)),
-}
-
-
-def _lagrange(nodes: list[float], u: Array, j: int) -> Array:
-    out = np.ones_like(u)
-    for i, node in enumerate(nodes):
-        if i != j:
-            out = out * (u - node) / (nodes[j] - node)
-    return out
+CORRECTORS = ("exact", "bh1", "bh2")
+_START = {1: "euler", 2: "heun", 3: "heun3", 4: "rk4"}  # tableau of an order
 
 
 class _Step(NamedTuple):
     field: str  # of the Prediction to use now
     scale: float  # of x
     weights: tuple[float, ...]  # of the predictions, newest first
-    noise: float  # standard deviation
+    noise: float = 0.0  # standard deviation
     spread: float = 0.0  # log of the upper over the lower choice of its variance, where the network chooses
+    stages: tuple[Stage, ...] = ()  # of a Runge-Kutta start, whose scale and weights are then those of its end
+    own: tuple[float, float] = (0.0, 1.0)  # of x and x0_hat in the prediction to remember
 
 
 @dataclass(frozen=True)
@@ -105,31 +60,44 @@ class Multistep(Solver):
     """Exponential and classical linear multistep methods; order 1 is DDIM, Euler and DDPM.
 
     Args:
-        order: number of predictions used, 1 to 4. The first steps use as many as there are, so the global order is
-            at most 2.
-        predict: the coordinate of the module's table.
-        variable: what the interpolating polynomials are polynomials in; ``"index"`` gives the classical
-            Adams-Bashforth weights.
-        rule: ``"exact"`` integral, or ``"midpoint"``: the polynomial's value in the middle of the interval.
+        terms: number of predictions in a step, 1 to 4, which is the nominal order; a corrector uses one more and raises
+            the order by one. The attribute ``order`` is what all the settings together reach.
+        predict: the coordinate, as in ``polydiff.core.solvers.coordinates``.
+        variable: what the interpolating polynomials are polynomials in; ``"index"`` gives the classical Adams weights,
+            of order 2 at most unless the grid is uniform in tau.
+        corrector: None; ``"exact"``; or UniPC's ``"bh1"`` and ``"bh2"``, which take B(h)/2 for the integral wherever a
+            polynomial goes through two predictions. No corrector costs a call; the last interval is not corrected.
+        rule: ``"exact"`` integral, or ``"midpoint"``: a line through two predictions counts by its value in the middle
+            of the interval.
+        blend: share of each polynomial through three or more predictions that its tangent at the newest replaces; 1/2 in
+            the published third-order DPM-Solver++, whose order of accuracy it leaves at 2.
         lower_final: lower the order towards the end, so that the last interval has order 1.
-        eta: noise level; 0 is the probability flow, 1 the full reverse SDE.
+        eta: noise level, a number or a function of the log-SNR, taken in the middle of each interval; 0 is the
+            probability flow, 1 the full reverse SDE.
         noise_form: ``"sde"`` (constant eta over the interval) or ``"ancestral"`` (DDIM's, order 1); the same at 0 and 1.
             ``"learned"`` is ancestral at eta = 1 with the variance that the network's second head gives.
+        startup: ``"low"``: the first steps use as many predictions as there are, one call each, which caps the order at
+            2, or 3 with a corrector. ``"full"`` takes the first terms - 2 intervals by Runge-Kutta: 1 or 4 calls more
+            for 3 or 4 terms, 2 or 6 with a corrector; in ``"index"`` the first terms - 1 intervals by the pseudo
+            Runge-Kutta method of four stages, 3 calls more each.
 
     Raises:
         ConfigError: a combination without meaning.
 
     Source: Song 2020 (DDIM), eq. 12 and 16; Nichol 2021, eq. 15; Lu 2022 (DPM-Solver++), eq. 8 and algorithm 2; Zhang
-    2023 (DEIS), eq. 14.
+    2023 (DEIS), eq. 14; Zhao 2023 (UniPC), algorithms 1 and 2; Xue 2023 (SA-Solver), algorithm 1; Liu 2022 (PNDM).
     """
 
-    order: int = 2
+    terms: int = 2
     predict: str = "x0"
     variable: str = "log_snr"
+    corrector: str | None = None
     rule: str = "exact"
+    blend: float = 0.0
     lower_final: bool = False
-    eta: float = 0.0
+    eta: float | Callable[[float], float] = 0.0
     noise_form: str = "sde"
+    startup: str = "low"
     stages = 1
 
     def __post_init__(self) -> None:
@@ -137,110 +105,173 @@ class Multistep(Solver):
             raise unknown("form (predict)", self.predict, COORDINATES)
         if self.variable not in (*VARIABLES, "index"):
             raise unknown("variable", self.variable, (*VARIABLES, "index"))
+        if self.corrector is not None and self.corrector not in CORRECTORS:
+            raise unknown("corrector", self.corrector, CORRECTORS)
         if self.rule not in ("exact", "midpoint"):
             raise unknown("rule", self.rule, ("exact", "midpoint"))
         if self.noise_form not in NOISE_FORMS:
             raise unknown("noise form", self.noise_form, NOISE_FORMS)
-        if not 1 <= self.order <= 4:
-            raise ConfigError(f"a multistep order of {self.order} is not between 1 and 4")
-        if not (math.isfinite(self.eta) and self.eta >= 0):
+        if self.startup not in ("low", "full"):
+            raise unknown("startup", self.startup, ("low", "full"))
+        if self.terms not in (1, 2, 3, 4):
+            raise ConfigError(f"a multistep order of {self.terms} is not between 1 and 4")
+        if not callable(self.eta) and not (math.isfinite(self.eta) and self.eta >= 0):
             raise ConfigError(f"eta = {self.eta} must be finite and at least 0")
-        if self.eta and self.predict != "x0":
-            raise ConfigError(f"eta = {self.eta} needs predict='x0', not {self.predict!r}")
-        if self.eta and self.noise_form != "sde" and self.order > 1:
-            raise ConfigError(f"noise_form={self.noise_form!r} has order 1; take noise_form='sde' for higher orders")
-        if self.eta != 1 and self.noise_form == "learned":
-            raise ConfigError(f"noise_form='learned' needs eta = 1, not {self.eta}")
+        eta = "a function" if callable(self.eta) else self.eta
+        bh = self.corrector in ("bh1", "bh2")
+        ancestral = self.noise_form != "sde" and self.stochastic
+        refused = {
+            f"eta = {eta} needs predict='x0', not {self.predict!r}": self.stochastic and self.predict != "x0",
+            f"noise_form={self.noise_form!r} has order 1 and no corrector; take noise_form='sde'": ancestral
+            and (self.terms > 1 or self.corrector is not None),
+            f"noise_form='learned' needs eta = 1, not {eta}": self.noise_form == "learned" and self.eta != 1,
+            f"startup='full' has no noise: take eta = 0 instead of {eta}": self.startup == "full" and self.stochastic,
+            "rule='midpoint' has no meaning for variable='index'": self.rule == "midpoint" and self.variable == "index",
+            f"corrector={self.corrector!r} brings its own rule; leave rule='exact'": bh and self.rule != "exact",
+            f"corrector={self.corrector!r} is defined for predict='x0' or 'eps' and variable='log_snr'": bh
+            and (self.predict not in ("x0", "eps") or self.variable != "log_snr"),
+            f"blend = {self.blend} must lie between 0 and 1": not 0 <= self.blend <= 1,
+            "blend needs order 3 or 4, no corrector and another variable than 'index'": bool(self.blend)
+            and (self.terms < 3 or self.corrector is not None or self.variable == "index"),
+        }
+        for reason, holds in refused.items():
+            if holds:
+                raise ConfigError(reason)
+
+    @property
+    def order(self) -> int:  # type: ignore[override]
+        """Global order of accuracy without noise, on a grid that is smooth."""
+        corrected = self.corrector is not None
+        order = self.terms + corrected
+        if self.startup == "low":
+            order = min(order, 2 + corrected)
+        return min(order, 2) if self.lower_final or self.blend or self.variable == "index" else order
 
     @property
     def stochastic(self) -> bool:  # type: ignore[override]
         """Whether eta is positive."""
-        return self.eta > 0
+        return callable(self.eta) or self.eta > 0
 
     def coefficients(self, schedule: Schedule, points: tuple[Point, ...]) -> tuple[_Step, ...]:
         """Scale, weights and noise of every interval."""
-        n = len(points) - 1
-        ends = [is_end(points[k], points[k + 1]) for k in range(n)]
-        inner = [k for k in range(n) if not ends[k]]
-        u, density = self._quadrature(schedule, points, inner)
-        steps = []
-        row = 0
-        for k in range(n):
-            start, end = points[k], points[k + 1]
-            if ends[k]:
-                scale, weight = first_order(start, end)
-                steps.append(_Step("x0", scale, (weight,), 0.0))
-                continue
-            order = min(self.order, n - k) if self.lower_final else self.order
-            steps.append(self._step(points, k, order, u[row], density[row]))
-            row += 1
-        return tuple(steps)
-
-    def _quadrature(self, schedule: Schedule, points: tuple[Point, ...], inner: list[int]) -> tuple[Array, Array]:
-        """The polynomials' variable and the weight of the integral at the nodes of all inner intervals at once."""
-        start = np.array([points[k].log_snr for k in inner])[:, None]
-        end = np.array([points[k + 1].log_snr for k in inner])[:, None]
-        fraction = 0.5 * (_NODES + 1)
-        log_snr = start + (end - start) * np.append(fraction, 1.0)
-        t = schedule.t_of_log_snr(torch.from_numpy(log_snr)).numpy()
-        density = _density(self.predict, log_snr, t, schedule, self.eta**2)[:, : len(_NODES)] * _QUADRATURE
-        if self.variable == "index":
-            u = np.broadcast_to(fraction, density.shape)
-            return u, np.broadcast_to(0.5 * _QUADRATURE, density.shape)
-        u = VARIABLES[self.variable](log_snr, t)
-        if self.rule == "midpoint":
-            first, last = (VARIABLES[self.variable](log_snr_, t_) for log_snr_, t_ in self._ends(points, inner))
-            return 0.5 * (first + last)[:, None], np.ones((len(inner), 1))
-        return u[:, : len(_NODES)], density
-
-    @staticmethod
-    def _ends(points: tuple[Point, ...], inner: list[int]) -> list[tuple[Array, Array]]:
-        return [
-            (np.array([points[k + i].log_snr for k in inner]), np.array([points[k + i].time for k in inner]))
-            for i in (0, 1)
+        n, table = len(points) - 1, gather(points)
+        ends = is_end(table.cut(0, n), table.cut(1, n + 1))
+        inner = np.flatnonzero(~ends)  # contiguous: only the first and the last intervals may touch an infinite log-SNR
+        low, high = (int(inner[0]), int(inner[-1]) + 1) if len(inner) else (0, 0)
+        steps = [
+            _Step("x0", scale, (weight,))
+            for scale, weight in (first_order(points[k], points[k + 1]) for k in np.flatnonzero(ends))
         ]
+        if len(inner):
+            steps[low:low] = self._inner(schedule, table, low, high)
+        own = zip(*(column.tolist() for column in from_x0(self.predict, schedule, table.cut(0, n))), strict=True)
+        return tuple(step._replace(own=pair) for step, pair in zip(steps, own, strict=True))
 
-    def _step(self, points: tuple[Point, ...], k: int, order: int, u: Array, density: Array) -> _Step:
-        start, end = points[k], points[k + 1]
-        nodes: list[float] = []
-        for back in range(min(order, k + 1)):
-            point = points[k - back]
-            if self.variable == "index":
-                node = float(-back)
-            else:
-                node = float(VARIABLES[self.variable](np.float64(point.log_snr), np.float64(point.time)))
-            if not math.isfinite(node):
-                break
-            nodes.append(node)
-        eta2 = self.eta**2
+    def _inner(self, schedule: Schedule, table: Point, low: int, high: int) -> list[_Step]:
+        start, end = table.cut(low, high), table.cut(low + 1, high + 1)
         h = end.log_snr - start.log_snr
-        if self.noise_form != "sde" and eta2:
-            noise = self.eta * end.sigma * math.sqrt(-math.expm1(-2 * h))
-            along = math.sqrt(max(end.sigma**2 - noise**2, 0.0)) / start.sigma
-            spread = float(log_range(as_time(start.log_snr), as_time(end.log_snr)))
-            spread = spread if self.noise_form == "learned" else 0.0
-            return _Step("x0", along, (end.alpha - start.alpha * along,), noise, spread)
-        scale, total = tau_span(self.predict, start, end, eta2)
-        mass = density.sum()
-        weights = tuple(total * float((density * _lagrange(nodes, u, j)).sum() / mass) for j in range(len(nodes)))
-        noise = end.sigma * math.sqrt(-math.expm1(-2 * eta2 * h)) if eta2 else 0.0
-        return _Step(COORDINATES[self.predict], scale, weights, noise)
+        eta = self._levels(start.log_snr + 0.5 * h)
+        scale, total = tau_span(self.predict, start, end, eta**2)
+        field, noise, spread = COORDINATES[self.predict], np.zeros_like(h), np.zeros_like(h)
+        if self.stochastic and self.noise_form != "sde":
+            noise = eta * end.sigma * np.sqrt(-np.expm1(-2 * h))
+            scale = np.sqrt(np.maximum(end.sigma**2 - noise**2, 0.0)) / start.sigma
+            weights = (end.alpha - start.alpha * scale)[:, None]
+            if self.noise_form == "learned":
+                spread = log_range(torch.from_numpy(start.log_snr), torch.from_numpy(end.log_snr)).numpy()
+        else:
+            noise = end.sigma * np.sqrt(-np.expm1(-2 * eta**2 * h))
+            quadrature = Quadrature(self.predict, self.variable, schedule, start, end, eta**2)
+            nodes, first, last = self._nodes(table, low, high)
+            rule = self.corrector if self.corrector in ("bh1", "bh2") else self.rule
+            weights = total[:, None] * _shares(quadrature, nodes, last - first, rule, self.blend)
+        begin = self._begin(schedule, start, end)
+        if self.corrector is not None:
+            nodes = np.concatenate([last[:, None], nodes], 1)
+            rule = self.corrector
+            change = total[:, None] * _shares(quadrature, nodes, last - first, rule, 0.0, base=1)
+            change[:, 1:] -= weights
+            change[: len(begin)] = 0.0
+            weights = np.pad(weights, ((0, 0), (0, 1)))
+            weights[1:] += scale[1:, None] * change[:-1]
+        columns = (scale.tolist(), weights.tolist(), noise.tolist(), spread.tolist())
+        steps = [_Step(field, a, _stripped(w), b, c) for a, w, b, c in zip(*columns, strict=True)]
+        return [*begin, *steps[len(begin) :]]
+
+    def _levels(self, log_snr: Array) -> Array:
+        """Eta of each interval, from the log-SNR in its middle."""
+        if not callable(self.eta):
+            return np.full_like(log_snr, self.eta)
+        levels = np.array([float(self.eta(value)) for value in log_snr.tolist()])
+        for value, level in zip(log_snr, levels, strict=True):
+            if not (math.isfinite(level) and level >= 0):
+                raise ConfigError(f"eta = {level} at log-SNR {value:.4g} must be finite and at least 0")
+        return levels
+
+    def _nodes(self, table: Point, low: int, high: int) -> tuple[Array, Array, Array]:
+        """Where the predictions of each interval stand, newest first, NaN for none; and both ends of the interval."""
+        at, back = np.arange(low, high)[:, None], np.arange(self.terms)
+        if self.variable == "index":
+            values, first, last = -back.astype(float), np.zeros(high - low), np.ones(high - low)
+        else:
+            u = VARIABLES[self.variable][0](table.log_snr, table.time)
+            values, first, last = u[at - back], u[low:high], u[low + 1 : high + 1]
+        there = (at >= back) & np.isfinite(values)
+        if self.lower_final:
+            there &= back < len(table.time) - 1 - at
+        return np.where(there, values, np.nan), first, last
+
+    def _begin(self, schedule: Schedule, start: Point, end: Point) -> list[_Step]:
+        """The intervals that a full start takes by Runge-Kutta."""
+        index = self.variable == "index"
+        count = self.terms - (1 if index else 2)
+        if self.startup == "low" or count < 1:
+            return []
+        tableau = "pseudo-rk4" if index else _START[self.terms - (self.corrector is None)]
+        rows = stages(TABLEAUS[tableau], self.predict, schedule, start.cut(0, count), end.cut(0, count))
+        return [_Step("x0", scale, weights, stages=tuple(within)) for *within, (_, scale, weights) in rows]
 
     def step(self, state: State, k: int, plan: Plan, denoise: Denoise, noise: Any) -> State:
-        """One call of the denoiser and one linear combination."""
+        """One call of the denoiser, but for a Runge-Kutta start, and one linear combination."""
         now: _Step = plan.steps[k]
-        prediction = predict(denoise, plan.process, state.x, plan.points[k])
-        used = prediction.field(now.field)
-        x = torch.add(state.x * now.scale, used, alpha=now.weights[0]) if now.scale else used * now.weights[0]
-        for weight, past in zip(now.weights[1:], state.history, strict=False):
-            x = x.add_(past, alpha=weight)
+        x, history, point = state.x, state.history, plan.points[k]
+        keep = self.terms if self.corrector is not None else self.terms - 1
+        if now.stages:
+            out, x0 = through_stages(now, x, point, plan, denoise)
+            return State(out, (torch.add(x0 * now.own[1], x, alpha=now.own[0]), *history)[:keep])
+        output = denoise(x, point.t)
+        if isinstance(output, Tensor):  # x0_hat
+            own = output
+            if self.predict != "x0" and (keep or now.field != "x0"):
+                own = torch.add(output * now.own[1], x, alpha=now.own[0])
+            used = output if now.field == "x0" else own
+        else:
+            used = checked(output, point).field(now.field)
+            form = COORDINATES[self.predict]
+            own = used if now.field == form or not keep else output.field(form)
+        out = combine(x, now.scale, now.weights, (used, *history))
         if now.noise:
-            z = noise.draw(k, "step", x, plan.points[k].t, plan.points[k + 1].t)
+            z = noise.draw(k, "step", out, point.t, plan.points[k + 1].t)
             if now.spread:
-                z = z * torch.exp(0.5 * now.spread * prediction.fraction)
-            x = x.add_(z, alpha=now.noise)
-        if self.order == 1:
-            return State(x)
-        own = COORDINATES[self.predict]
-        remembered = used if now.field == own else prediction.field(own)
-        return State(x, (remembered, *state.history)[: self.order - 1])
+                z = z * torch.exp(0.5 * now.spread * as_prediction(plan.process, x, point.t, output).fraction)
+            out.add_(z, alpha=now.noise)
+        return State(out, (own, *history)[:keep] if keep else ())
+
+
+def _shares(quadrature: Quadrature, nodes: Array, width: Array, rule: str, blend: float, base: int = 0) -> Array:
+    """Weights of the predictions in units of the whole integral; a rule takes the place of exact lines from the base."""
+    weights = quadrature.weights(nodes, blend)
+    if rule == "exact" or nodes.shape[1] < 2:
+        return weights
+    lines = np.isfinite(nodes).sum(1) == 2
+    half = 0.5 * (quadrature.density if rule == "bh1" else 1.0) * width / (nodes[:, 1 - base] - nodes[:, base])
+    weights[:, 1 - base] = np.where(lines, half, weights[:, 1 - base])
+    weights[:, base] = np.where(lines, 1 - half, weights[:, base])
+    return weights
+
+
+def _stripped(weights: list[float]) -> tuple[float, ...]:
+    """Without zeros at the end, which stand for predictions that do not exist."""
+    while len(weights) > 1 and not weights[-1]:
+        weights.pop()
+    return tuple(weights)

@@ -1,4 +1,4 @@
-"""Explicit Runge-Kutta methods in any of the coordinates of ``Multistep``, with EDM's churn as an option."""
+"""Explicit Runge-Kutta and single-step exponential methods in any coordinate, with EDM's churn as an option."""
 
 from __future__ import annotations
 
@@ -6,35 +6,57 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from polydiff.core.denoiser import Denoise
 from polydiff.core.errors import ConfigError, unknown
-from polydiff.core.schedules import Schedule, as_time
-from polydiff.core.solvers.base import COORDINATES, Plan, Point, Solver, State, first_order, is_end, predict
-from polydiff.core.solvers.multistep import tau_span
+from polydiff.core.schedules import Schedule
+from polydiff.core.solvers.base import (
+    COORDINATES,
+    Plan,
+    Point,
+    Solver,
+    State,
+    combine,
+    first_order,
+    gather,
+    is_end,
+    predict_x0,
+    tabulate,
+)
+from polydiff.core.solvers.coordinates import TAU, Quadrature, between, from_x0, tau_span
 
 
 class Tableau(NamedTuple):
-    """A Butcher tableau: rows of the stages after the first, final weights, order."""
+    """A method with several stages in an interval.
 
+    Args:
+        nodes: where the stages after the first stand, as fractions of the interval in ``variable``.
+        rows: of each stage after the first and of the end, the weights of the stages before; or, where
+            ``variable`` is ``"log_snr"``, the stages through which a polynomial in log-SNR is put and integrated.
+        order: of accuracy.
+        variable: a name in ``VARIABLES``, or ``"tau"`` for the coordinate's own.
+    """
+
+    nodes: tuple[float, ...]
     rows: tuple[tuple[float, ...], ...]
-    weights: tuple[float, ...]
     order: int
-
-    @property
-    def nodes(self) -> tuple[float, ...]:
-        """Position of each stage within the interval."""
-        return (0.0, *(sum(row) for row in self.rows))
+    variable: str = "tau"
 
 
+_RK4 = ((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
 TABLEAUS = {
-    "euler": Tableau((), (1.0,), 1),
-    "heun": Tableau(((1.0,),), (0.5, 0.5), 2),
-    "midpoint": Tableau(((0.5,),), (0.0, 1.0), 2),
-    "ralston": Tableau(((2 / 3,),), (0.25, 0.75), 2),
-    "heun3": Tableau(((1 / 3,), (0.0, 2 / 3)), (0.25, 0.0, 0.75), 3),
-    "rk4": Tableau(((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6), 4),
+    "euler": Tableau((), ((1.0,),), 1),
+    "heun": Tableau((1.0,), ((1.0,), (0.5, 0.5)), 2),
+    "midpoint": Tableau((0.5,), ((0.5,), (0.0, 1.0)), 2),
+    "ralston": Tableau((2 / 3,), ((2 / 3,), (0.25, 0.75)), 2),
+    "heun3": Tableau((1 / 3, 2 / 3), ((1 / 3,), (0.0, 2 / 3), (0.25, 0.0, 0.75)), 3),
+    "rk4": Tableau((0.5, 0.5, 1.0), _RK4, 4),
+    "pseudo-rk4": Tableau((0.5, 0.5, 1.0), _RK4, 2, "t"),
+    "dpm2": Tableau((0.5,), ((0,), (1,)), 2, "log_snr"),
+    "dpm3": Tableau((1 / 3, 2 / 3), ((0,), (0, 1), (0, 2)), 3, "log_snr"),
 }
 
 
@@ -53,59 +75,80 @@ class Churn(NamedTuple):
     scale: float = 1.003
 
 
-class _Step(NamedTuple):
-    raised: Point  # where the step starts; the grid's own point unless churn raised it
-    lift: tuple[float, float] | None  # scale of x and of the noise that lead there
-    field: str
-    stages: tuple[tuple[Point, float, tuple[float, ...]], ...]  # where, scale of x, weights of the predictions so far
+class Stage(NamedTuple):
+    """Where a stage stands, and its state as a combination of x and the x0_hat of the stages before."""
+
+    point: Point
     scale: float
     weights: tuple[float, ...]
 
 
-def _point(schedule: Schedule, t: float) -> Point:
-    t_ = as_time(t)
-    return Point(t_, t, float(schedule.alpha(t_)), float(schedule.sigma(t_)), float(schedule.log_snr(t_)))
+class _Step(NamedTuple):
+    raised: Point  # where the step starts; the grid's own point unless churn raised it
+    lift: tuple[float, float] | None  # scale of x and of the noise that lead there
+    stages: tuple[Stage, ...]
+    scale: float
+    weights: tuple[float, ...]
 
 
-def _inside(schedule: Schedule, form: str, start: Point, end: Point, fraction: float) -> Point:
-    """The point whose tau lies at a fraction of the way from one end of an interval to the other."""
-    if fraction == 1:
-        return end
+def stages(tableau: Tableau, form: str, schedule: Schedule, start: Point, end: Point) -> list[list[Stage]]:
+    """The stages of many intervals with finite log-SNR, the last of each being its end.
 
-    def tau(point: Point) -> float:
-        if form == "x0":
-            return math.exp(point.log_snr)
-        if form == "eps":
-            return math.exp(-point.log_snr)
-        if form == "v":
-            return math.atan(math.exp(-point.log_snr))
-        return point.sigma / (point.alpha + point.sigma)
+    A slope p_i = a_i X_i + b_i x0_hat_i, where X_i is itself a combination of x and the x0_hat before it, so that each
+    stage folds into one combination of x and x0_hat.
+    """
+    n, variable = len(start.time), TAU[form] if tableau.variable == "tau" else tableau.variable
+    at, converted = [start], [from_x0(form, schedule, start)]
+    folded: list[tuple[Any, list[Any]]] = [(np.ones(n), [])]
+    for node, row in zip((*tableau.nodes, 1.0), tableau.rows, strict=True):
+        point = between(variable, schedule, start, end, node)
+        scale, span = tau_span(form, start, point)
+        if tableau.variable == "log_snr":
+            values = np.stack([at[int(i)].log_snr for i in row], 1)
+            shares = (Quadrature(form, variable, schedule, start, point).weights(values) * span[:, None]).T
+            slopes = {int(i): share for i, share in zip(row, shares, strict=True)}
+        else:
+            slopes = {i: span * (weight / sum(row)) for i, weight in enumerate(row) if weight}
+        weights = [np.zeros(n) for _ in at]
+        for i, slope in slopes.items():
+            (a, b), (of_x, of_x0) = converted[i], folded[i]
+            scale = scale + slope * a * of_x
+            for j, weight in enumerate(of_x0):
+                weights[j] = weights[j] + slope * a * weight
+            weights[i] = weights[i] + slope * b
+        folded.append((scale, weights))
+        if len(at) < len(tableau.rows):
+            converted.append(from_x0(form, schedule, point))
+        at.append(point)
+    columns = [
+        map(Stage, point.rows(), scale.tolist(), zip(*(weight.tolist() for weight in weights), strict=True))
+        for point, (scale, weights) in zip(at[1:], folded[1:], strict=True)
+    ]
+    return [list(row) for row in zip(*columns, strict=True)]
 
-    if form == "velocity":
-        return _point(schedule, start.time + fraction * (end.time - start.time))
-    value = tau(start) + fraction * (tau(end) - tau(start))
-    log_snr = {
-        "x0": lambda: math.log(value),
-        "eps": lambda: -math.log(value),
-        "v": lambda: -math.log(math.tan(value)),
-        "flow": lambda: math.log1p(-value) - math.log(value),
-    }[form]()
-    return _point(schedule, float(schedule.t_of_log_snr(as_time(log_snr))))
+
+def through_stages(now: Any, x: Tensor, start: Point, plan: Plan, denoise: Denoise) -> tuple[Tensor, Tensor]:
+    """Go through the stages of one interval: the state at its end, and x0_hat at its start."""
+    x0 = [predict_x0(denoise, x, start)]
+    for point, scale, weights in now.stages:
+        x0.append(predict_x0(denoise, combine(x, scale, weights, x0), point))
+    return combine(x, now.scale, now.weights, x0), x0[0]
 
 
 @dataclass(frozen=True)
 class RungeKutta(Solver):
-    """An explicit Runge-Kutta method for the probability flow in the coordinate of a predicted field.
+    """A method with several stages in each interval, for the probability flow in the coordinate of a predicted field.
 
-    Every stage is folded into one linear combination of x and the predictions. An interval that ends at sigma = 0 or
-    starts below alpha = 1e-6 is taken at first order in x0_hat.
+    Explicit Runge-Kutta methods in tau, and the single-step exponential ones (``dpm2``, ``dpm3``), whose stages integrate
+    polynomials in log-SNR exactly. Every stage is folded into one combination of x and x0_hat. An interval that ends at
+    sigma = 0 or starts below alpha = 1e-6 is taken at first order in x0_hat.
 
     Args:
         tableau: a name in ``TABLEAUS``.
         predict: the coordinate, as in ``Multistep``.
         churn: EDM's stochasticity, or None.
 
-    Source: Karras 2022, algorithms 1 and 2 (``heun`` in the eps form).
+    Source: Karras 2022, algorithms 1 and 2 (``heun`` in the eps form); Lu 2022 (DPM-Solver), algorithms 1 and 2.
     """
 
     tableau: str = "heun"
@@ -128,7 +171,7 @@ class RungeKutta(Solver):
     @property
     def stages(self) -> int:  # type: ignore[override]
         """Stages of the tableau."""
-        return len(TABLEAUS[self.tableau].weights)
+        return len(TABLEAUS[self.tableau].rows)
 
     @property
     def stochastic(self) -> bool:  # type: ignore[override]
@@ -137,40 +180,44 @@ class RungeKutta(Solver):
 
     def coefficients(self, schedule: Schedule, points: tuple[Point, ...]) -> tuple[_Step, ...]:
         """Stages, weights and churn of every interval."""
-        n = len(points) - 1
-        return tuple(self._step(schedule, points[k], points[k + 1], n) for k in range(n))
-
-    def _step(self, schedule: Schedule, start: Point, end: Point, n: int) -> _Step:
-        lift = None
-        if not is_end(start, start):
-            start, lift = self._raise(schedule, start, n)
-        if is_end(start, end):
-            scale, weight = first_order(start, end)
-            return _Step(start, lift, "x0", (), scale, (weight,))
-        tableau = TABLEAUS[self.tableau]
-        stages = []
-        scale, total = tau_span(self.predict, start, end)
-        for row, node in zip(tableau.rows, tableau.nodes[1:], strict=True):
-            point = _inside(schedule, self.predict, start, end, node)
-            ratio, span = tau_span(self.predict, start, point)
-            stages.append((point, ratio, tuple(span / node * weight for weight in row)))
-        return _Step(
-            start, lift, COORDINATES[self.predict], tuple(stages), scale, tuple(total * b for b in tableau.weights)
+        table, n = gather(points), len(points) - 1
+        start, end = table.cut(0, n), table.cut(1, n + 1)
+        first: list[Point] = list(points[:-1])
+        lifts: list[tuple[float, float] | None] = [None] * n
+        if self.stochastic:
+            start, lifts = self._raise(schedule, start)
+            first = start.rows()
+        inner = np.flatnonzero(~is_end(start, end))
+        low, high = (int(inner[0]), int(inner[-1]) + 1) if len(inner) else (0, 0)
+        rows = iter(
+            stages(TABLEAUS[self.tableau], self.predict, schedule, start.cut(low, high), end.cut(low, high))
+            if len(inner)
+            else ()
         )
+        steps = []
+        for k in range(n):
+            if low <= k < high:
+                *within, (_, scale, weights) = next(rows)
+            else:
+                within, (scale, weight) = [], first_order(first[k], points[k + 1])
+                weights = (weight,)
+            steps.append(_Step(first[k], lifts[k], tuple(within), scale, weights))
+        return tuple(steps)
 
-    def _raise(self, schedule: Schedule, start: Point, n: int) -> tuple[Point, tuple[float, float] | None]:
-        if not self.stochastic or self.churn is None:
-            return start, None
-        level = math.exp(-start.log_snr)
-        if not self.churn.low <= level <= self.churn.high:
-            return start, None
-        raised = level * (1 + min(self.churn.amount / n, math.sqrt(2) - 1))
-        t = min(float(schedule.t_of_log_snr(as_time(-math.log(raised)))), schedule.t_max)
-        if t <= start.time:
-            return start, None
-        point = _point(schedule, t)
-        added = math.exp(-2 * point.log_snr) - level**2
-        return point, (point.alpha / start.alpha, point.alpha * math.sqrt(max(added, 0.0)) * self.churn.scale)
+    def _raise(self, schedule: Schedule, start: Point) -> tuple[Point, list[tuple[float, float] | None]]:
+        """Where the intervals start once churn has raised them, and what leads there."""
+        churn, level = self.churn or Churn(0.0), np.exp(-start.log_snr)
+        raised = level * (1 + min(churn.amount / len(level), math.sqrt(2) - 1))
+        usable = ~is_end(start, start) & (level >= churn.low) & (level <= churn.high)
+        log_snr = -np.log(np.where(usable, raised, 1.0))
+        t = schedule.t_of_log_snr(torch.from_numpy(log_snr)).clamp_max(schedule.t_max).numpy()
+        usable &= t > start.time
+        point = tabulate(schedule, torch.from_numpy(np.where(usable, t, start.time)))
+        added = np.where(usable, np.exp(-2 * point.log_snr) - level**2, 0.0)
+        noise = point.alpha * np.sqrt(np.maximum(added, 0.0)) * churn.scale
+        scale = np.where(usable, point.alpha / np.where(usable, start.alpha, 1.0), 1.0)
+        pairs = zip(scale.tolist(), noise.tolist(), strict=True)
+        return point, [pair if moved else None for pair, moved in zip(pairs, usable.tolist(), strict=True)]
 
     def step(self, state: State, k: int, plan: Plan, denoise: Denoise, noise: Any) -> State:
         """Churn, the stages, and the final combination."""
@@ -178,15 +225,4 @@ class RungeKutta(Solver):
         x = state.x
         if now.lift is not None:
             x = x * now.lift[0] + now.lift[1] * noise.draw(k, "churn", x, plan.points[k].t, now.raised.t)
-        slopes = [predict(denoise, plan.process, x, now.raised).field(now.field)]
-        for point, scale, weights in now.stages:
-            slopes.append(predict(denoise, plan.process, _combine(x, scale, slopes, weights), point).field(now.field))
-        return State(_combine(x, now.scale, slopes, now.weights))
-
-
-def _combine(x: Tensor, scale: float, slopes: list[Tensor], weights: tuple[float, ...]) -> Tensor:
-    out = x * scale if scale != 1 else x.clone()
-    for weight, slope in zip(weights, slopes, strict=True):
-        if weight:
-            out.add_(slope, alpha=weight)
-    return out
+        return State(through_stages(now, x, now.raised, plan, denoise)[0])
