@@ -13,6 +13,7 @@ from polydiff.core.adapter import Adapter, Item
 from polydiff.core.build import Built, build, check_stored, open_data, read_config
 from polydiff.core.denoiser import Denoise, Denoiser
 from polydiff.core.errors import CheckpointError, ConfigError, unknown
+from polydiff.core.grids import as_grid
 from polydiff.core.guidance import cfg
 from polydiff.core.noise import Noise
 from polydiff.core.request import Asked, Settings, asked, check_fields, positive, sampling_settings
@@ -239,23 +240,22 @@ class Run:
         batch = self.adapter.collate(list(blanks))
         x, mask, cond = (move(part, self.device) for part in (batch.x, batch.mask, batch.cond))
         noise = Noise(seed, indices, mask_axis=getattr(self.process, "mask_axis", 1))
-        wanted = (
-            set(torch.linspace(0, settings.steps - 1, trajectory).round().int().tolist()) if trajectory > 0 else set()
-        )
+        solver: Solver = resolve(settings.solver) if tasks[0].wrap is None else tasks[0].wrap(resolve(settings.solver))
+        grid = as_grid(grid_of(tasks[0], settings.grid, settings.steps, self.process), settings.steps, self.process)
+        steps = len(solver.plan(self.process, grid))  # a solver may go through intervals several times
+        wanted = set(torch.linspace(0, steps - 1, trajectory).round().int().tolist()) if trajectory > 0 else set()
         frames: list[State] = []
 
         def keep(k: int, _t: Any, _x: State, x0_hat: State | None) -> None:
             if k in wanted and x0_hat is not None:
                 frames.append(move(x0_hat, "cpu"))
 
-        solver: Solver = resolve(settings.solver)
         x = sample(
             guide_of(tasks, self.device)(self._guided(mask, cond, settings)),
             self.process,
             x_start_of(tasks[0], self.process, x, noise, mask),
-            solver=solver if tasks[0].wrap is None else tasks[0].wrap(solver),
-            steps=settings.steps,
-            grid=grid_of(tasks[0], settings.grid, settings.steps, self.process),
+            solver=solver,
+            grid=grid,
             mask=mask,
             fixed=cond.get("fixed"),
             generator=noise,

@@ -1,8 +1,8 @@
 """Work on something given instead of on nothing: fill in, enlarge, clean, vary. A task belongs to an adapter.
 
 A task is a function ``(input, options, run, noise, k) -> Task``, called once for each design k. The dataclass that annotates
-its parameter ``options`` declares what a user may say about it, as ``task.<key>=V``. What tasks of most modalities share
-stands at the end of this module, as functions over states.
+its parameter ``options`` declares what a user may say about it, as ``task.<key>=V``. ``polydiff.core.given`` has what tasks of most
+modalities share.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -88,7 +88,10 @@ class Work:
 
 def declared_by(make: Callable[..., Task]) -> type[Any]:
     """The dataclass that declares a task's options: the annotation of its parameter ``options``; empty for another."""
-    kind = get_type_hints(make.load() if isinstance(make, Lazy) else make).get("options")
+    function = make.load() if isinstance(make, Lazy) else getattr(make, "func", make)
+    kind = function.__annotations__.get("options")
+    if isinstance(kind, str):  # other annotations may name what only type checkers import
+        kind = function.__globals__.get(kind)
     return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else _NoOptions
 
 

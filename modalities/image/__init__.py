@@ -16,6 +16,13 @@ ADAPTER = Adapter(
     dataset=lazy(f"{_here}.dataset:Images"),
     codec=lazy(f"{_here}.codec:Codec"),
     network={"unet": lazy(f"{_here}.network:unet"), "dit": lazy(f"{_here}.network:dit")},
+    tasks={
+        "inpaint": lazy(f"{_here}.tasks:inpaint"),
+        "super-resolution": lazy(f"{_here}.tasks:super_resolution"),
+        "colourise": lazy(f"{_here}.tasks:colourise"),
+        "denoise": lazy(f"{_here}.tasks:denoise"),
+        "variation": lazy(f"{_here}.tasks:variation"),
+    },
     metrics=lazy(f"{_here}.metrics:metrics"),
     view=lazy(f"{_here}.view:view"),
     checks=lazy(f"{_here}.checks:checks"),

@@ -12,6 +12,7 @@ ADAPTER = Adapter(
     dataset=lazy(f"{_here}.dataset:Points"),
     codec=lazy(f"{_here}.codec:Codec"),
     network={"mlp": lazy(f"{_here}.network:mlp")},
+    tasks={"inpaint": lazy(f"{_here}.tasks:inpaint")},
     metrics=lazy(f"{_here}.metrics:metrics"),
     view=lazy(f"{_here}.view:view"),
     checks=lazy(f"{_here}.checks:checks"),

@@ -1,0 +1,153 @@
+"""What tasks of most modalities share: filling in, inverse problems, variation and denoising of any states.
+
+An adapter's task reads what it was given, says which elements are known or what an observation is, and calls one of these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+from torch import Tensor
+
+from polydiff.core.adapter import Item
+from polydiff.core.denoiser import Denoise
+from polydiff.core.errors import ConfigError, unknown
+from polydiff.core.guidance import Guide, Replacement
+from polydiff.core.inverse import DPS, MMPS, Linear, PiGDM, Select
+from polydiff.core.solvers.resample import Resample
+from polydiff.core.tasks import Task
+from polydiff.core.tree import leaves
+
+if TYPE_CHECKING:
+    from polydiff.core.run import Run
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """Options of tasks that are given y = A(x0) + noise."""
+
+    method: Annotated[str, "mmps, pigdm or dps"] = "mmps"
+    noise: Annotated[float, "standard deviation of the noise in what is given, normalised"] = 0.0
+    zeta: Annotated[float | None, "step of dps; null: 5 times the root of the number of elements"] = None
+
+
+@dataclass(frozen=True)
+class Known(Inverse):
+    """Options of tasks in which elements are known."""
+
+    method: Annotated[str, "mmps, pigdm, dps, repaint or replacement"] = "mmps"
+    repeats: Annotated[int, "how often repaint goes up again and takes each step once more"] = 4
+
+
+@dataclass(frozen=True)
+class Vary:
+    """Options of ``vary``."""
+
+    strength: Annotated[float, "how far towards noise, above 0, up to 1: what is given has no influence"] = 0.5
+
+
+def needed(given: Item | None, task: str) -> Item:
+    """What a task works on, which it cannot do without."""
+    if given is None:
+        raise ConfigError(f"task={task} needs something to work on: add input=FILE or input=FOLDER")
+    return given
+
+
+def needed_like(given: Item | None, task: str, run: Run) -> Tensor:
+    """The state of an input, which must have the size that is sampled."""
+    x = leaves(needed(given, task).x)[0]
+    like = leaves(run.adapter.shape(run.facts["size"], {})[0])[0]
+    if x.shape != like.shape:
+        own, wanted = (" x ".join(map(str, shape)) for shape in (x.shape, like.shape))
+        raise ConfigError(f"input={named(given)} is {own}, samples of this size are {wanted}: change it, or size.<key>")
+    return x
+
+
+def named(given: Item | None) -> str:
+    """How messages call an input."""
+    return "" if given is None else str(given.meta.get("file", given.id))
+
+
+def inverse(
+    operator: Linear, y: Tensor, options: Inverse, run: Run, reference: Item, further: tuple[str, ...] = ()
+) -> Task:
+    """Draw x0 given y = A(x0) + noise.
+
+    Args:
+        operator: A, linear; acts on batches.
+        y: what is given, without batch axis.
+        options: how.
+        run: the model.
+        reference: what is shown beside the samples.
+        further: methods of the task beside those here, for the message.
+
+    Raises:
+        ConfigError: an unknown method or a number that cannot be used.
+    """
+    if options.noise < 0:
+        raise ConfigError(f"task.noise={options.noise} must be 0 or more: it is a standard deviation")
+    elements = sum(leaf.numel() for leaf in leaves(run.adapter.shape(run.facts["size"], {})[0]))
+    zeta = 5 * elements**0.5 if options.zeta is None else options.zeta
+    guides = {
+        "mmps": lambda: MMPS(y, operator, sigma_y=options.noise),
+        "pigdm": lambda: PiGDM(y, operator, sigma_y=options.noise, variance=run.facts["sigma_data"] ** 2),
+        "dps": lambda: DPS(y, operator, zeta=zeta),
+    }
+    if options.method not in guides:
+        raise unknown("task.method", options.method, (*guides, *further))
+    return Task(guide=guides[options.method](), reference=reference)
+
+
+@dataclass(frozen=True, eq=False)
+class _Both(Guide):
+    """One guide, then another."""
+
+    first: Guide
+    second: Guide
+
+    def __call__(self, denoise: Denoise) -> Denoise:
+        return self.second(self.first(denoise))
+
+
+def inpaint(x0: Tensor, known: Tensor, options: Known, run: Run) -> Task:
+    """Fill in what is not known of x0; ``known`` is bool, shaped like it. What is known without noise is kept."""
+    x0 = torch.where(known, x0, 0)
+    replacement, reference = Replacement(x0, known), Item(x0, meta={"kept": known})
+    if options.method == "replacement":
+        return Task(guide=replacement, reference=reference)
+    if options.method == "repaint":
+        if options.repeats < 0:
+            raise ConfigError(f"task.repeats={options.repeats} must be 0 or more")
+        return Task(guide=replacement, wrap=lambda solver: Resample(solver, options.repeats), reference=reference)
+    task = inverse(Select(known), x0, options, run, Item(x0), further=("repaint", "replacement"))
+    return replace(task, guide=_Both(task.guide, replacement), reference=reference) if options.noise == 0 else task
+
+
+def vary(x0: Tensor, options: Vary, run: Run) -> Task:
+    """Perturb x0 part of the way towards noise and sample from there. Source: Meng 2022 (SDEdit), section 3."""
+    if not 0 < options.strength <= 1:
+        raise ConfigError(f"task.strength={options.strength} must be above 0, at most 1")
+    t = run.process.t_min + options.strength * (run.process.t_max - run.process.t_min)
+    whole = options.strength == 1
+    return Task(x_start=None if whole else x0, t_start=None if whole else t, reference=Item(x0), meta={"t_start": t})
+
+
+def denoise(y: Tensor, noise: float, run: Run) -> Task:
+    r"""Take off noise of a known standard deviation: y is a state of the process at the time with that noise.
+
+    .. math:: x_t = \alpha_t y, \qquad \sigma_t / \alpha_t = \text{noise}
+
+    A stochastic solver draws from p(x0 | y), a deterministic one gives a single answer to each y.
+    """
+    process = run.process
+    ends = torch.tensor([process.t_min, process.t_max], dtype=torch.float64)
+    low, high = process.schedule.log_snr(ends).neg().exp().tolist()
+    if not low < noise < high:
+        raise ConfigError(
+            f"task.noise={noise:g} must be between {low:.3g} and {high:.3g}, the noise that this model knows"
+        )
+    t = process.schedule.t_of_log_snr(torch.tensor(noise, dtype=torch.float64).log().neg())
+    x_t = float(process.schedule.alpha(t)) * y
+    return Task(x_start=x_t, t_start=float(t), noised=True, reference=Item(y), meta={"t_start": float(t)})
