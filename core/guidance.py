@@ -14,6 +14,7 @@ from torch import Tensor
 from polydiff.core.denoiser import Denoise, Prediction, as_prediction, coefficients
 from polydiff.core.errors import ConfigError, ScheduleError
 from polydiff.core.grids import Grid, as_grid
+from polydiff.core.schedules import as_time
 from polydiff.core.solvers.base import ALPHA_FLOOR
 from polydiff.core.tree import expand
 
@@ -56,18 +57,19 @@ def join(parts: Sequence[Any], kind: str) -> Any:
     return first
 
 
-def need_prediction(output: Prediction | Tensor, guide: str) -> Prediction:
-    """The output of a Denoise for a guide that has to know the process."""
+def predicted(output: Prediction | Tensor, guide: str, signal: bool = False) -> Prediction:
+    """The output of a Denoise for a guide that has to know the process; with ``signal`` also that the state holds data."""
     if not isinstance(output, Prediction):
         raise ConfigError(f"{guide} needs a Denoise that returns a Prediction, not a bare state")
+    if signal and bool(((alpha := output.process.schedule.alpha(output.t)) < ALPHA_FLOOR).any()):
+        least = float(alpha.min())
+        raise ScheduleError(f"{guide} cannot act where alpha is {least:.1g}: start the grid at a smaller t")
     return output
 
 
-def finite_number(name: str, value: float) -> float:
-    """A setting of a guide, refused unless it is a finite number."""
-    if not math.isfinite(value):
-        raise ConfigError(f"{name} = {value} must be a finite number")
-    return value
+def _finite(scale: float) -> None:
+    if not math.isfinite(scale):
+        raise ConfigError(f"guidance = {scale} must be a finite number")
 
 
 def cfg(
@@ -90,7 +92,7 @@ def cfg(
 
     Source: Ho 2022, eq. 6 (their w is ours minus 1); Kynkaanniemi 2024 for the interval.
     """
-    finite_number("guidance", scale)
+    _finite(scale)
     if interval is None:
         return unconditional if scale == 0 else _extrapolate(conditional, unconditional, lambda _: scale)
     low, high = interval
@@ -98,7 +100,7 @@ def cfg(
         raise ConfigError(f"guidance interval {(low, high)} must be (low, high) in log-SNR with low < high")
 
     def weight(output: Prediction | Tensor) -> Tensor:
-        prediction = need_prediction(output, "guidance on an interval")
+        prediction = predicted(output, "guidance on an interval")
         log_snr = prediction.process.schedule.log_snr(prediction.t)
         return 1 + (scale - 1) * ((log_snr >= low) & (log_snr <= high)).double()
 
@@ -106,18 +108,11 @@ def cfg(
 
 
 def autoguidance(strong: Denoise, weak: Denoise, scale: float, interval: tuple[float, float] | None = None) -> Denoise:
-    r"""Guide a network away from the mistakes of a worse version of itself, both under the same condition.
+    """Guide a network away from the mistakes of a smaller or less trained one, both under the same condition.
 
-    .. math:: \hat x_0 = \hat x_0^{weak} + w\,(\hat x_0^{strong} - \hat x_0^{weak})
+    This is ``cfg`` with other networks: the equation, arguments and errors are the same.
 
-    It is ``cfg`` with other networks; the arguments and errors are the same.
-
-    Args:
-        strong: the network to sample from.
-        weak: a smaller or less trained one for the same data.
-        scale, interval: as in ``cfg``.
-
-    Source: Karras 2024 (autoguidance), eq. 5 and section 3.
+    Source: Karras 2024 (autoguidance), section 4.
     """
     return cfg(strong, weak, scale, interval)
 
@@ -137,30 +132,26 @@ def cfg_pp(
         times: the grid that is sampled on.
 
     Raises:
-        ConfigError: scale not finite; a bare state; a call at a time where no interval of the grid starts, as solvers of
-            several stages make.
+        ConfigError: scale not finite, a bare state, or a call at a time where no interval of the grid starts.
 
-    Source: Chung 2024 (CFG++), eq. 16 and algorithm 2.
+    Source: Chung 2024 (CFG++), algorithm 2.
     """
-    finite_number("guidance", scale)
+    _finite(scale)
     grid = as_grid(times, 0, None)
-    weights: dict[float, float] = {}
+    starts = as_time(grid.times[: grid.steps])
 
     def weight(output: Prediction | Tensor) -> Tensor:
-        prediction = need_prediction(output, "CFG++")
-        if not weights:
-            log_snr = prediction.process.schedule.log_snr(torch.tensor(grid.times, dtype=torch.float64)).tolist()
-            ends = [*log_snr[1:], math.inf] if grid.final else log_snr[1:]
-            for time, start, end in zip(grid.times, log_snr, ends, strict=False):
-                weights[time] = scale / -math.expm1(start - end)
-        try:
-            found = [weights[time] for time in prediction.t.flatten().tolist()]
-        except KeyError as error:
+        prediction = predicted(output, "CFG++")
+        log_snr = prediction.process.schedule.log_snr(as_time([*grid.times]))
+        ends = torch.cat([log_snr[1:], as_time([math.inf])])
+        here = prediction.t.cpu().reshape(-1, 1) == starts
+        if not bool(here.any(1).all()):
             raise ConfigError(
-                f"CFG++ was called at t = {error.args[0]}, where no interval of its grid starts: sample on the grid it was "
-                "made for, with solver=ddim"
-            ) from None
-        return torch.tensor(found, dtype=torch.float64).reshape(prediction.t.shape)
+                f"CFG++ was called at t = {prediction.t.tolist()}, where no interval of its grid starts: sample on the grid "
+                "it was made for, with solver=ddim"
+            )
+        k = here.int().argmax(1).reshape(prediction.t.shape)
+        return -scale / torch.expm1(log_snr[k] - ends[k])
 
     return _extrapolate(conditional, unconditional, weight)
 
@@ -187,10 +178,7 @@ def _extrapolate(
     return denoise
 
 
-LogProb = Callable[[Tensor, Tensor], Tensor]
-
-
-def classifier_guidance(denoise: Denoise, log_prob: LogProb, scale: float = 1.0) -> Denoise:
+def classifier_guidance(denoise: Denoise, log_prob: Callable[[Tensor, Tensor], Tensor], scale: float = 1.0) -> Denoise:
     r"""Add the gradient of a classifier's log-probability to the score.
 
     .. math:: s(x_t) + w\,\nabla_{x_t} \log p(y \mid x_t)
@@ -208,11 +196,10 @@ def classifier_guidance(denoise: Denoise, log_prob: LogProb, scale: float = 1.0)
 
     Source: Dhariwal 2021, algorithm 1; Song 2021, eq. 14.
     """
-    finite_number("guidance", scale)
-    name = "classifier guidance"
+    _finite(scale)
 
     def guided(x_t: Tensor, t: Tensor) -> Prediction:
-        prediction = need_signal(need_prediction(denoise(x_t, t), name), name)
+        prediction = predicted(denoise(x_t, t), "classifier guidance", signal=True)
         x, again = differentiable(x_t)
         with torch.enable_grad():
             value = log_prob(x, t)
@@ -225,16 +212,6 @@ def classifier_guidance(denoise: Denoise, log_prob: LogProb, scale: float = 1.0)
     return guided
 
 
-def need_signal(prediction: Prediction, guide: str) -> Prediction:
-    """A prediction at a time where x0_hat follows from the score; an error where the state holds no data."""
-    alpha = prediction.process.schedule.alpha(prediction.t)
-    if bool((alpha < ALPHA_FLOOR).any()):
-        raise ScheduleError(
-            f"{guide} cannot act where alpha is {float(alpha.min()):.1g}: start the grid at a smaller t"
-        )
-    return prediction
-
-
 def differentiable(x_t: Tensor) -> tuple[Tensor, bool]:
     """A state to differentiate by, and whether that gradient is differentiated in turn (by an outer guide)."""
     again = x_t.requires_grad and torch.is_grad_enabled()
@@ -242,30 +219,29 @@ def differentiable(x_t: Tensor) -> tuple[Tensor, bool]:
 
 
 def gradient_of(value: Tensor, x: Tensor, weight: Tensor, again: bool, what: str) -> Tensor:
-    """Gradient by x, from ``differentiable``, of a tensor's product with a weight; an error, naming it, where there is none."""
-    found: tuple[Tensor | None, ...] = (None,)
+    """Gradient of a tensor's product with a weight; x and ``again`` are from ``differentiable``, ``what`` names the tensor."""
+    found = None
     if value.requires_grad:
-        found = torch.autograd.grad(value, x, weight, retain_graph=True, create_graph=again, allow_unused=True)
-    if found[0] is None:
+        (found,) = torch.autograd.grad(value, x, weight, retain_graph=True, create_graph=again, allow_unused=True)
+    if found is None:
         raise ConfigError(f"{what} has no gradient: the Denoise or the function that made it detaches its input")
-    return found[0]
+    return found
 
 
 @dataclass(frozen=True, eq=False)
 class Replacement(Guide):
     r"""Inpainting: x0_hat is what is known where it is known.
 
-    The known elements of a state then follow :math:`\alpha_t x_0 + \sigma_t\varepsilon` by themselves under every solver,
-    with the same noise all along (a flow) or with fresh noise (an SDE), as the replacement of Song 2021 and RePaint has
-    it, and the network sees states that fit together. The last interval of a grid returns them exactly. RePaint is this
-    guide with ``Resample`` around a stochastic solver.
+    The known elements of a state then follow :math:`\alpha_t x_0 + \sigma_t\varepsilon` by themselves under every solver, as
+    if they were replaced at each step, and the last interval of a grid returns them exactly. With ``Resample`` around a
+    stochastic solver this is RePaint.
 
     Args:
         known: clean data in normalised form, (*dims), or (b, *dims) after ``stack``; any number where unknown.
         where: bool, as many axes as ``known``, each as long or of length 1; true for the elements that are known.
 
     Raises:
-        ConfigError: ``where`` is not bool or does not fit, or a known number is not finite; when called: a bare state, a
+        ConfigError: tensors that do not fit each other or a known number that is not finite; when called: a bare state, a
             state of another shape, or a mean-free process, on which elements have no place of their own.
 
     Source: Song 2021, appendix I.2; Lugmayr 2022 (RePaint), eq. 8.
@@ -275,21 +251,19 @@ class Replacement(Guide):
     where: Tensor
 
     def __post_init__(self) -> None:
-        check_where(self.where)
-        sizes = zip(self.where.shape, self.known.shape, strict=False)
-        if self.where.ndim != self.known.ndim or any(m not in (1, n) for m, n in sizes):
-            raise ConfigError(f"where {tuple(self.where.shape)} does not fit known {tuple(self.known.shape)}")
-        bad = self.where & ~torch.isfinite(self.known)
-        if bool(bad.any()):
-            raise ConfigError(f"{int(bad.sum())} of the known numbers are not finite: leave them out of where")
+        where, known = self.where, self.known
+        fits = where.ndim == known.ndim and all(m in (1, n) for m, n in zip(where.shape, known.shape, strict=True))
+        if not fits or where.dtype != torch.bool:
+            raise ConfigError(f"where {tuple(where.shape)} must be bool and fit known {tuple(known.shape)}")
+        if bad := int((where & ~torch.isfinite(known)).sum()):
+            raise ConfigError(f"{bad} of the known numbers are not finite: leave them out of where")
 
     def __call__(self, denoise: Denoise) -> Denoise:
         """The guided Denoise."""
 
         def guided(x_t: Tensor, t: Tensor) -> Prediction:
-            prediction = need_prediction(denoise(x_t, t), "replacement")
-            if prediction.given in ("eps", "score"):
-                need_signal(prediction, "replacement of a predicted " + prediction.given)
+            prediction = predicted(denoise(x_t, t), "replacement")
+            predicted(prediction, "replacement", signal=prediction.given in ("eps", "score"))
             if getattr(prediction.process, "mean_free", False):
                 raise ConfigError("replacement needs elements that keep their place, which a mean-free process moves")
             if self.known.shape not in (x_t.shape, x_t.shape[1:]):
@@ -297,9 +271,3 @@ class Replacement(Guide):
             return prediction.replace(torch.where(self.where.to(x_t.device), self.known.to(x_t), prediction.x0), "x0")
 
         return guided
-
-
-def check_where(where: Tensor) -> None:
-    """Refuse a choice of elements that is not bool."""
-    if where.dtype != torch.bool:
-        raise ConfigError(f"where must be a bool tensor, not {where.dtype}")

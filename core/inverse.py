@@ -29,7 +29,7 @@ from torch import Tensor
 
 from polydiff.core.denoiser import Denoise, Prediction
 from polydiff.core.errors import ConfigError
-from polydiff.core.guidance import Guide, check_where, differentiable, gradient_of, need_prediction, need_signal
+from polydiff.core.guidance import Guide, differentiable, gradient_of, predicted
 from polydiff.core.tree import expand
 
 Linear = Callable[[Tensor], Tensor]
@@ -40,14 +40,13 @@ class Posterior(Guide):
     """What the guides of the module's table share.
 
     Args:
-        y: what is observed, without batch axis, or (b, ...) after ``stack``; in the units that ``operator`` makes of
-            normalised data, and zero where it observes nothing.
+        y: what is observed, without batch axis, or (b, ...) after ``stack``; zero where A observes nothing.
         operator: A, from states (b, *dims) to observations (b, ...).
         mask: valid elements, bool (n,) or (b, n); nothing else is moved.
 
     Raises:
-        ConfigError: a number that is not finite or has the wrong sign; when called: an operator whose output does not have
-            the shape of ``y`` or that is not linear, a Denoise that detaches its input or returns a bare state.
+        ConfigError: a number that is not finite or negative; when called: an operator whose output does not have the shape
+            of ``y`` or that is not linear, a Denoise that detaches its input or returns a bare state.
         ScheduleError: when called: at a time where alpha is under 1e-6.
     """
 
@@ -56,8 +55,11 @@ class Posterior(Guide):
     mask: Tensor | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not bool(torch.isfinite(self.y).all()):
-            raise ConfigError(f"{int((~torch.isfinite(self.y)).sum())} of the observed numbers y are not finite")
+        if bad := int((~torch.isfinite(self.y)).sum()):
+            raise ConfigError(f"{bad} of the observed numbers y are not finite")
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name} = {value} must be finite and at least 0")
 
     @abstractmethod
     def weigh(self, residual: Tensor, prediction: Prediction, pull: Linear) -> Tensor:
@@ -70,7 +72,7 @@ class Posterior(Guide):
         def guided(x_t: Tensor, t: Tensor) -> Prediction:
             x, again = differentiable(x_t)
             with torch.enable_grad():
-                prediction = need_signal(need_prediction(denoise(x, t), name), name)
+                prediction = predicted(denoise(x, t), name, signal=True)
                 x0_hat = prediction.x0
                 seen = self.operator(x0_hat)
             if self.y.shape not in (seen.shape, seen.shape[1:]):
@@ -95,17 +97,13 @@ class DPS(Posterior):
     """Diffusion posterior sampling: a step of fixed length against the residual; A may be nonlinear.
 
     Args:
-        zeta: the length, in units of 1/y; 1 for data and observations of unit variance. See ``Posterior`` for the others.
+        y, operator, mask: see ``Posterior``.
+        zeta: the length, in units of 1/y; 1 for data and observations of unit variance.
 
     Source: Chung 2023 (DPS), eq. 16 and algorithm 1; the step is taken in the score, so that every solver can use it.
     """
 
     zeta: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not math.isfinite(self.zeta):
-            raise ConfigError(f"zeta = {self.zeta} must be a finite number")
 
     def weigh(self, residual: Tensor, prediction: Prediction, pull: Linear) -> Tensor:
         """zeta r / |r|."""
@@ -118,33 +116,25 @@ class MMPS(Posterior):
     """Moment matching posterior sampling: the covariance of x_0 given x_t by Tweedie's formula.
 
     Args:
+        y, operator, mask: see ``Posterior``.
         sigma_y: standard deviation of the noise in y.
-        iterations: most steps of ``solve``; each is one backward pass through the network.
-        tolerance: residual, relative to r, at which an item is solved. See ``Posterior`` for the others.
+        iterations: most iterations of ``solve``; each is one backward pass through the network.
+        tolerance: residual, relative to r, at which an item is solved.
 
-    Source: Rozet 2024, eq. 13 and algorithm 3, with conjugate residuals instead of conjugate gradients, since the Jacobian of a
-    learned network is only about symmetric.
+    Source: Rozet 2024, section 4.2; conjugate residuals, as a learned network's Jacobian is only about symmetric.
     """
 
     sigma_y: float = 0.0
     iterations: int = 8
     tolerance: float = 1e-4
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (math.isfinite(self.sigma_y) and self.sigma_y >= 0):
-            raise ConfigError(f"sigma_y = {self.sigma_y} must be finite and at least 0")
-        if self.iterations < 1 or not self.tolerance >= 0:
-            raise ConfigError(f"iterations = {self.iterations} and tolerance = {self.tolerance} must be positive")
-
     def weigh(self, residual: Tensor, prediction: Prediction, pull: Linear) -> Tensor:
         """(sigma_y^2 + A V A^T)^-1 r."""
         if bool(self.operator(torch.zeros_like(prediction.x_t)).any()):
             raise ConfigError(f"{type(self).__name__} needs a linear operator, but this one is not 0 at 0")
         covariance = self.covariance(prediction, pull)
-        return solve(
-            lambda u: self.sigma_y**2 * u + self.operator(covariance(u)), residual, self.iterations, self.tolerance
-        )
+        apply = lambda u: self.sigma_y**2 * u + self.operator(covariance(u))
+        return solve(apply, residual, self.iterations, self.tolerance)
 
     def covariance(self, prediction: Prediction, pull: Linear) -> Linear:
         """V A^T."""
@@ -153,20 +143,15 @@ class MMPS(Posterior):
 
 @dataclass(frozen=True, eq=False)
 class PiGDM(MMPS):
-    """Pseudo-inverse guidance: the covariance of x_0 given x_t is that of data N(m, s^2), one number.
+    """Pseudo-inverse guidance: as ``MMPS`` with the covariance of data N(m, s^2), which costs no passes through the network.
 
     Args:
-        variance: s^2 of the normalised data. An iteration costs no pass through the network here. See ``MMPS``, ``Posterior``.
+        variance: s^2 of the normalised data.
 
-    Source: Song 2023 (PiGDM), eq. 7 and 8, without the further factor of its algorithm 1.
+    Source: Song 2023 (PiGDM), section 3, without the further factor of its algorithm 1.
     """
 
     variance: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (math.isfinite(self.variance) and self.variance > 0):
-            raise ConfigError(f"variance = {self.variance} must be finite and positive")
 
     def covariance(self, prediction: Prediction, pull: Linear) -> Linear:
         """rho_t^2 A^T."""
@@ -180,15 +165,12 @@ class PiGDM(MMPS):
 
 
 def solve(apply: Linear, b: Tensor, iterations: int, tolerance: float) -> Tensor:
-    """Solve apply(u) = b for each item by itself, lessening the residual along one new direction an iteration (GCR).
+    """Solve apply(u) = b (b, ...) for each item by itself, lessening its residual along one new direction an iteration.
 
-    Args:
-        apply: linear, acts on each item (b, ...) alone; need not be symmetric.
-        b: right-hand sides (b, ...).
-        iterations: most applications.
-        tolerance: relative residual at which an item stops; it is not touched by what others still need.
+    ``apply`` is linear, not always symmetric. An item stops at its relative ``tolerance`` and is not touched by what
+    others still need.
 
-    Source: Eisenstat 1983, section 2.
+    Source: Eisenstat 1983, section 2 (generalised conjugate residuals).
     """
     dot = lambda v, w: (v * w).flatten(1).sum(1).reshape(-1, *[1] * (b.ndim - 1))
     past: list[tuple[Tensor, Tensor]] = []  # directions and their images
@@ -217,12 +199,9 @@ def identity(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Select:
-    """Observe some elements and zero for the others: inpainting. ``where`` is bool and broadcasts against (*dims)."""
+    """Observe some elements and zero for the others: inpainting. ``where`` has the axes of an item, some of length 1."""
 
     where: Tensor
-
-    def __post_init__(self) -> None:
-        check_where(self.where)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Shape (b, *dims)."""

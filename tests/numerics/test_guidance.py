@@ -53,7 +53,7 @@ def test_cfg_pp_starts_at_alpha_zero_and_stops_before_the_data():
     torch.testing.assert_close(guide(x, as_time(0.6)).x0, expected)
     torch.testing.assert_close(guide(x, as_time([0.6] * 4)).x0, expected)
     for time in (0.2, 0.5):  # the end of the grid, and between
-        with pytest.raises(ConfigError, match=rf"t = {time}.*solver=ddim"):
+        with pytest.raises(ConfigError, match=rf"t = {time}, .*solver=ddim"):
             guide(x, as_time(time))
 
 
@@ -246,14 +246,14 @@ def test_bad_replacements_are_refused():
     with pytest.raises(ConfigError, match="1 of the known numbers"):
         Replacement(KNOWN, torch.tensor([True]))
     for where in (torch.ones(2, dtype=torch.bool), torch.ones(1, 3, dtype=torch.bool)):
-        with pytest.raises(ConfigError, match="does not fit known"):
+        with pytest.raises(ConfigError, match="fit known"):
             Replacement(KNOWN, where)
     with pytest.raises(ConfigError, match="do not fit a state"):
         Replacement(torch.zeros(4), torch.ones(4, dtype=torch.bool))(denoise)(x, HALF)
     with pytest.raises(ConfigError, match="bare state"):
         Replacement(KNOWN, WHERE)(data.x0_hat)(x, HALF)
     flow = Gaussian(gaussian("rectified_flow"))
-    with pytest.raises(ScheduleError, match="predicted eps"):
+    with pytest.raises(ScheduleError, match="replacement cannot act where alpha is 0"):
         Replacement(KNOWN, WHERE)(as_field(flow, "eps"))(x, as_time(1.0))
     moving = GaussianProcess(VP(), mean_free=True)
     with pytest.raises(ConfigError, match="mean-free"):
