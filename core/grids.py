@@ -96,6 +96,11 @@ def karras(schedule: Schedule, n: int, start: float, end: float, rho: float = 7.
     )
 
 
+def _chain_length(schedule: Schedule) -> int:
+    """How many steps a discrete chain has: those of a ``Discrete`` schedule, else 1000."""
+    return getattr(schedule, "length", 1000)
+
+
 def _discrete(indices: Tensor, length: int, start: float, end: float) -> Tensor:
     """Times of the indices of a discrete chain: 0 stands at ``end`` and length - 1 at ``start``, so VP's at (i + 1)/length."""
     if len(indices) > length:
@@ -105,18 +110,21 @@ def _discrete(indices: Tensor, length: int, start: float, end: float) -> Tensor:
     return end + indices.to(torch.float64) / (length - 1) * (start - end)
 
 
-def ddpm_leading(schedule: Schedule, n: int, start: float, end: float, length: int = 1000) -> Tensor:
+def ddpm_leading(schedule: Schedule, n: int, start: float, end: float) -> Tensor:
     """Indices 0, r, 2r, ... of a discrete chain, r = length // n, evenly spaced in t."""
+    length = _chain_length(schedule)
     return _discrete(torch.arange(n - 1, -1, -1) * (length // n), length, start, end)
 
 
-def ddpm_trailing(schedule: Schedule, n: int, start: float, end: float, length: int = 1000) -> Tensor:
+def ddpm_trailing(schedule: Schedule, n: int, start: float, end: float) -> Tensor:
     """Indices length - 1, length - 1 - r, ... of a discrete chain, r = length / n, rounded."""
+    length = _chain_length(schedule)
     return _discrete((length - torch.arange(n, dtype=torch.float64) * (length / n)).round() - 1, length, start, end)
 
 
-def ddpm_linspace(schedule: Schedule, n: int, start: float, end: float, length: int = 1000) -> Tensor:
+def ddpm_linspace(schedule: Schedule, n: int, start: float, end: float) -> Tensor:
     """Indices of a discrete chain evenly from length - 1 to 0, rounded."""
+    length = _chain_length(schedule)
     return _discrete(_between(length - 1, 0, n).round(), length, start, end)
 
 

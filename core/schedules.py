@@ -13,69 +13,29 @@ and t = 1, lambda, f and g2 may be infinite; they are never NaN.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from polydiff.core.discrete import Discrete
 from polydiff.core.errors import ScheduleError
+from polydiff.core.schedule import Schedule, as_time, positive
 
-
-def as_time(t: Tensor | float | Sequence[float]) -> Tensor:
-    """Time as a float64 tensor on its own device."""
-    return torch.as_tensor(t, dtype=torch.float64)
-
-
-def _positive(schedule: object, **values: float) -> None:
-    for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
-            raise ScheduleError(f"{type(schedule).__name__}: {name} = {value} must be a positive, finite number")
-
-
-class Schedule(ABC):
-    """The interface of every schedule; see the module's text for the symbols."""
-
-    t_min: float = 1e-3
-    t_max: float = 1.0
-
-    @abstractmethod
-    def alpha(self, t: Tensor) -> Tensor:
-        """Scale of the data at t."""
-
-    @abstractmethod
-    def sigma(self, t: Tensor) -> Tensor:
-        """Standard deviation of the noise at t."""
-
-    @abstractmethod
-    def dalpha(self, t: Tensor) -> Tensor:
-        """Derivative of alpha in t."""
-
-    @abstractmethod
-    def dsigma(self, t: Tensor) -> Tensor:
-        """Derivative of sigma in t."""
-
-    @abstractmethod
-    def t_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        """The time at which the log signal-to-noise ratio has the given value."""
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        """lambda = log(alpha/sigma), decreasing in t."""
-        return torch.log(self.alpha(t)) - torch.log(self.sigma(t))
-
-    def f(self, t: Tensor) -> Tensor:
-        """Linear drift coefficient of the forward SDE, alpha'/alpha."""
-        return self.dalpha(t) / self.alpha(t)
-
-    def g2(self, t: Tensor) -> Tensor:
-        """Squared diffusion coefficient of the forward SDE."""
-        sigma = self.sigma(t)
-        return 2 * sigma * (self.dsigma(t) - self.f(t) * sigma)
-
-    def dlog_snr(self, t: Tensor) -> Tensor:
-        """Derivative of lambda in t, -g2 / (2 sigma^2)."""
-        return self.f(t) - self.dsigma(t) / self.sigma(t)
+__all__ = [
+    "EDM",
+    "SCHEDULES",
+    "VE",
+    "VP",
+    "Cosine",
+    "Custom",
+    "Discrete",
+    "RectifiedFlow",
+    "Schedule",
+    "SubVP",
+    "as_time",
+]
 
 
 class _LinearBeta(Schedule):
@@ -85,7 +45,7 @@ class _LinearBeta(Schedule):
     beta_max: float
 
     def __post_init__(self) -> None:
-        _positive(self, beta_min=self.beta_min, beta_max=self.beta_max)
+        positive(self, beta_min=self.beta_min, beta_max=self.beta_max)
         if self.beta_max < self.beta_min:
             raise ScheduleError(f"{type(self).__name__}: beta_max {self.beta_max} is below beta_min {self.beta_min}")
 
@@ -185,7 +145,7 @@ class VE(_UnitAlpha):
     t_min = 0.0  # sigma_min is reached at 0
 
     def __post_init__(self) -> None:
-        _positive(self, sigma_min=self.sigma_min, sigma_max=self.sigma_max)
+        positive(self, sigma_min=self.sigma_min, sigma_max=self.sigma_max)
         if self.sigma_max <= self.sigma_min:
             raise ScheduleError(f"VE: sigma_max {self.sigma_max} must exceed sigma_min {self.sigma_min}")
 
@@ -218,7 +178,7 @@ class EDM(_UnitAlpha):
     rho: float = 7.0
 
     def __post_init__(self) -> None:
-        _positive(self, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
+        positive(self, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
         if self.sigma_max <= self.sigma_min:
             raise ScheduleError(f"EDM: sigma_max {self.sigma_max} must exceed sigma_min {self.sigma_min}")
         object.__setattr__(self, "t_min", (self.sigma_min / self.sigma_max) ** (1 / self.rho))
@@ -358,4 +318,5 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "edm": EDM,
     "cosine": Cosine,
     "rectified_flow": RectifiedFlow,
+    "discrete": Discrete,
 }

@@ -66,7 +66,9 @@ class GaussianProcess:
         held = None if fixed is None else self.valid(x0, fixed)
         return x_t if held is None else torch.where(held.bool(), x0, x_t)
 
-    def renoise(self, x_s: Tensor, s: Tensor, t: Tensor, z: Tensor, mask: Tensor | None = None) -> Tensor:
+    def renoise(
+        self, x_s: Tensor, s: Tensor, t: Tensor, z: Tensor, mask: Tensor | None = None, fixed: Tensor | None = None
+    ) -> Tensor:
         r"""Go from s up to a noisier t along the forward process.
 
         .. math:: x_t = r\,x_s + \sqrt{\sigma_t^2 - r^2\sigma_s^2}\;z, \qquad r = \alpha_t/\alpha_s
@@ -76,7 +78,7 @@ class GaussianProcess:
             raise ScheduleError(f"renoise goes from s to a later t, but t = {t.tolist()} is before s = {s.tolist()}")
         ratio = self.schedule.alpha(t) / self.schedule.alpha(s)
         variance = self.schedule.sigma(t) ** 2 - (ratio * self.schedule.sigma(s)) ** 2
-        return expand(ratio, x_s) * x_s + expand(variance.clamp_min(0).sqrt(), x_s) * self.project(z, mask)
+        return expand(ratio, x_s) * x_s + expand(variance.clamp_min(0).sqrt(), x_s) * self.project(z, mask, fixed)
 
     def project(self, z: Tensor, mask: Tensor | None = None, fixed: Tensor | None = None) -> Tensor:
         """Zero on padding and fixed elements; mean-free over the valid ones where declared.
@@ -124,12 +126,16 @@ class GaussianProcess:
         """Log density (b,) in nats of the prior N(0, sigma(t_max)^2) over valid elements (their mean-free subspace)."""
         sigma = float(self.schedule.sigma(as_time(self.t_max)))
         valid = self.valid(x, mask)
-        weight = torch.ones_like(x) if valid is None else valid.expand_as(x)
+        kept = x if valid is None else x * valid
+        constant = 0.5 * math.log(2 * math.pi * sigma**2)
+        return -0.5 * ((kept / sigma) ** 2).flatten(1).sum(1) - constant * self.dims(x, mask)
+
+    def dims(self, like: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Dimension (b,) of the space that states live in: valid elements, less those that being mean-free takes."""
+        valid = self.valid(like, mask)
+        weight = torch.ones_like(like) if valid is None else valid.expand_as(like)
         dims = weight.flatten(1).sum(1)
-        if self.mean_free:
-            axis = self.mask_axis % x.ndim
-            dims = dims - weight.amax(axis).flatten(1).sum(1)
-        return -0.5 * ((x * weight / sigma) ** 2).flatten(1).sum(1) - 0.5 * dims * math.log(2 * math.pi * sigma**2)
+        return dims - weight.amax(self.mask_axis).flatten(1).sum(1) if self.mean_free else dims
 
     def rate(self, x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
         """Velocity of the probability flow, f x - g2 score / 2."""
@@ -145,9 +151,9 @@ class GaussianProcess:
 
 
 def gaussian(
-    schedule: str = "edm", mean_free: bool = False, mask_axis: int = 1, **parameters: float
+    schedule: str = "edm", mean_free: bool = False, mask_axis: int = 1, **parameters: float | str
 ) -> GaussianProcess:
-    """Build a Gaussian process from names and numbers, as configurations hold them.
+    """Build a Gaussian process from names, numbers and switches, as configurations hold them.
 
     Args:
         schedule: a name in ``SCHEDULES``.
@@ -155,7 +161,7 @@ def gaussian(
         parameters: the schedule's own, e.g. ``sigma_max``.
 
     Raises:
-        ConfigError: unknown schedule or parameter, or a parameter that is no number.
+        ConfigError: unknown schedule or parameter, or a parameter that is no number (no name, not true or false).
     """
     if schedule not in SCHEDULES:
         raise unknown("schedule", schedule, SCHEDULES)
@@ -163,6 +169,9 @@ def gaussian(
     for name, value in parameters.items():
         if name not in valid:
             raise unknown(f"parameter of the schedule {schedule!r}", name, valid)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        kind = type(valid[name].default)
+        if kind in (str, bool) and not isinstance(value, kind):
+            raise ConfigError(f"process.{name} = {value!r} must be {'a name' if kind is str else 'true or false'}")
+        if kind not in (str, bool) and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ConfigError(f"process.{name} = {value!r} must be a number")
     return GaussianProcess(SCHEDULES[schedule](**parameters), mean_free, mask_axis)
