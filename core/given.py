@@ -16,6 +16,7 @@ from polydiff.core.denoiser import Denoise
 from polydiff.core.errors import ConfigError, unknown
 from polydiff.core.guidance import Guide, Replacement
 from polydiff.core.inverse import DPS, MMPS, Linear, PiGDM, Select
+from polydiff.core.schedules import as_time
 from polydiff.core.solvers.resample import Resample
 from polydiff.core.tasks import Task
 from polydiff.core.tree import leaves
@@ -45,7 +46,7 @@ class Known(Inverse):
 class Vary:
     """Options of ``vary``."""
 
-    strength: Annotated[float, "how far towards noise, above 0, up to 1: what is given has no influence"] = 0.5
+    strength: Annotated[float, "share of noise that sampling starts with, above 0; 1 keeps nothing of the input"] = 0.5
 
 
 def needed(given: Item | None, task: str) -> Item:
@@ -126,12 +127,23 @@ def inpaint(x0: Tensor, known: Tensor, options: Known, run: Run) -> Task:
 
 
 def vary(x0: Tensor, options: Vary, run: Run) -> Task:
-    """Perturb x0 part of the way towards noise and sample from there. Source: Meng 2022 (SDEdit), section 3."""
+    r"""Perturb x0 part of the way towards noise and sample from there.
+
+    .. math:: \sigma_t = s\,(\alpha_t\sigma_{data} + \sigma_t), \qquad s = \text{strength}
+
+    Source: Meng 2022 (SDEdit), section 3; the share of noise, unlike its t0, means the same on every schedule.
+    """
     if not 0 < options.strength <= 1:
-        raise ConfigError(f"task.strength={options.strength} must be above 0, at most 1")
-    t = run.process.t_min + options.strength * (run.process.t_max - run.process.t_min)
-    whole = options.strength == 1
-    return Task(x_start=None if whole else x0, t_start=None if whole else t, reference=Item(x0), meta={"t_start": t})
+        raise ConfigError(f"task.strength={options.strength:g} must be above 0, at most 1")
+    low, high = noise_levels(run)
+    level = run.facts["sigma_data"] * options.strength / (1 - options.strength) if options.strength < 1 else high
+    if level >= high:  # nothing would be left of x0
+        return Task(reference=Item(x0))
+    if level <= low:
+        least = low / (low + run.facts["sigma_data"])
+        raise ConfigError(f"task.strength={options.strength:g} is less noise than this model knows: above {least:.2g}")
+    t = time_of(level, run)
+    return Task(x_start=x0, t_start=t, reference=Item(x0), meta={"t_start": t})
 
 
 def denoise(y: Tensor, noise: float, run: Run) -> Task:
@@ -141,13 +153,22 @@ def denoise(y: Tensor, noise: float, run: Run) -> Task:
 
     A stochastic solver draws from p(x0 | y), a deterministic one gives a single answer to each y.
     """
-    process = run.process
-    ends = torch.tensor([process.t_min, process.t_max], dtype=torch.float64)
-    low, high = process.schedule.log_snr(ends).neg().exp().tolist()
+    low, high = noise_levels(run)
     if not low < noise < high:
         raise ConfigError(
             f"task.noise={noise:g} must be between {low:.3g} and {high:.3g}, the noise that this model knows"
         )
-    t = process.schedule.t_of_log_snr(torch.tensor(noise, dtype=torch.float64).log().neg())
-    x_t = float(process.schedule.alpha(t)) * y
-    return Task(x_start=x_t, t_start=float(t), noised=True, reference=Item(y), meta={"t_start": float(t)})
+    t = time_of(noise, run)
+    x_t = float(run.process.schedule.alpha(as_time(t))) * y
+    return Task(x_start=x_t, t_start=t, noised=True, reference=Item(y), meta={"t_start": t})
+
+
+def noise_levels(run: Run) -> tuple[float, float]:
+    """sigma/alpha at the process's t_min and t_max."""
+    low, high = run.process.schedule.log_snr(as_time([run.process.t_min, run.process.t_max])).neg().exp().tolist()
+    return low, high
+
+
+def time_of(level: float, run: Run) -> float:
+    """The time at which sigma/alpha has a value."""
+    return float(run.process.schedule.t_of_log_snr(-as_time(level).log()))
