@@ -98,7 +98,7 @@ class DPS(Posterior):
 
     Args:
         y, operator, mask: see ``Posterior``.
-        zeta: the length, in units of 1/y; 1 for data and observations of unit variance.
+        zeta: the length, in units of 1/y; of the order of the root of the number of elements of y.
 
     Source: Chung 2023 (DPS), eq. 16 and algorithm 1; the step is taken in the score, so that every solver can use it.
     """
