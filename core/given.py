@@ -117,13 +117,17 @@ def inpaint(x0: Tensor, known: Tensor, options: Known, run: Run) -> Task:
     x0 = torch.where(known, x0, 0)
     replacement, reference = Replacement(x0, known), Item(x0, meta={"kept": known})
     if options.method == "replacement":
-        return Task(guide=replacement, reference=reference)
+        return Task(like=x0, guide=replacement, reference=reference)
     if options.method == "repaint":
         if options.repeats < 0:
             raise ConfigError(f"task.repeats={options.repeats} must be 0 or more")
-        return Task(guide=replacement, wrap=lambda solver: Resample(solver, options.repeats), reference=reference)
+        return Task(
+            like=x0, guide=replacement, wrap=lambda solver: Resample(solver, options.repeats), reference=reference
+        )
     task = inverse(Select(known), x0, options, run, Item(x0), further=("repaint", "replacement"))
-    return replace(task, guide=_Both(task.guide, replacement), reference=reference) if options.noise == 0 else task
+    if options.noise:
+        return replace(task, like=x0)
+    return replace(task, like=x0, guide=_Both(task.guide, replacement), reference=reference)
 
 
 def vary(x0: Tensor, options: Vary, run: Run) -> Task:

@@ -224,7 +224,8 @@ class Run:
                 raise unknown("size", f"size.{name}", [f"size.{key}" for key in own])
         like, mask = self.adapter.shape({**own, **size}, cond)
         if task is not None:
-            like, mask = (default if one is None else one for one, default in ((task.x_start, like), (task.mask, mask)))
+            like = next((own for own in (task.x_start, task.like) if own is not None), like)
+            mask = mask if task.mask is None else task.mask
         check_fields(self.denoiser.conditions, cond, like)
         return Item(like, mask, cond)
 

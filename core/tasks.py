@@ -37,6 +37,7 @@ class Task:
     Args:
         cond: conditions, put over those the user gave.
         mask: valid elements, bool (n,), instead of those that ``shape`` says.
+        like: any state of the shape to sample, where what is given decides it; None: as ``x_start``, or the size asked for.
         x_start: where sampling starts: a clean state, which is perturbed to ``t_start``, or with ``noised`` (and always
             without ``t_start``) a state of that time already. None: the prior.
         t_start: time at which the named grid starts; None: the process's t_max.
@@ -50,6 +51,7 @@ class Task:
 
     cond: dict[str, Tensor] = field(default_factory=dict)
     mask: Tensor | None = None
+    like: State | None = None
     x_start: State | None = None
     t_start: float | None = None
     noised: bool = False

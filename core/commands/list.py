@@ -75,9 +75,9 @@ def _tasks(_: Path | None) -> Rows:
     for name in adapters.names():
         try:
             for task, make in adapters.load(name).tasks.items():
-                keys = options.declared(declared_by(make)).values()
-                shown = ", ".join(f"task.{key.name}={options.show(key.default)} ({key.text})" for key in keys)
-                yield f"{name} {task}", shown or "no options"
+                yield f"{name} {task}", _first_line(make.load() if isinstance(make, adapters.Lazy) else make)
+                for key in options.declared(declared_by(make)).values():
+                    yield f"  task.{key.name}={options.show(key.default)}", key.text
         except ConfigError:  # the table of adapters says why
             continue
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -129,6 +130,36 @@ def test_unknown_names_are_refused(case: Case, run: Run) -> None:
     for words in asked:
         with pytest.raises(ConfigError, match="no_such_"):
             run.sample(1, steps=2, **words)
+
+
+def test_task(case: Case, run: Run, task: str) -> None:
+    """A task works on real items with the options it has by default, and keeps what it says is kept."""
+    words: dict[str, Any] = {"steps": 2, "task": task, "cond": _asked(case)}
+    try:
+        samples = run.sample(SAMPLES, input=case.items[:2], **words)
+    except ConfigError as error:
+        pytest.skip(f"not for {case.adapter.default_data!r}: {error}")
+    for item, other in zip(samples, run.sample(1, input=case.items[:2], **words), strict=False):
+        assert difference(item.x, other.x) < 1e-4, (
+            f"task {task!r}: a sample changes with the number of them; draw with the noise a task is given, and from nothing else"
+        )
+    for k, item in enumerate(samples):
+        json.dumps(item.meta["task"], allow_nan=False)
+        given = item.meta["given"]
+        assert isinstance(given, Item), f"task {task!r} must show what it was given, as Task.reference"
+        shapes = case.adapter.shape(case.facts["size"], item.cond)[0], given.x, case.items[k % 2].x
+        zeros = tree_map(torch.zeros_like, item.x)
+        assert any(difference(zeros, tree_map(torch.zeros_like, own)) == 0 for own in shapes), (
+            f"task {task!r}: a sample has neither the shape that shape() promised nor that of what was given"
+        )
+        assert case.codec.write([given], case.folder / "given" / f"{task}-{k}"), f"task {task!r}: reference has no file"
+        if "kept" in given.meta:
+            moved = tree_map(lambda x, y, kept: ((x - y) * kept).abs().max(), item.x, given.x, given.meta["kept"])
+            assert max(float(leaf) for leaf in leaves(moved)) < 1e-4, (
+                f"task {task!r} does not keep what it says is kept"
+            )
+    with pytest.raises(ConfigError, match="no_such_option"):
+        run.sample(1, options={"no_such_option": 1}, **words)
 
 
 def test_metrics(case: Case) -> None:

@@ -83,4 +83,8 @@ def _symmetries(adapter: Adapter) -> list[str]:
     return list(adapter.symmetries)
 
 
-TABLES = {"network": _networks, "condition": _conditions, "symmetry": _symmetries}
+def _tasks(adapter: Adapter) -> list[str]:
+    return list(adapter.tasks)
+
+
+TABLES = {"network": _networks, "condition": _conditions, "symmetry": _symmetries, "task": _tasks}

@@ -55,6 +55,8 @@ def test_faults_of_data_and_outputs(outside: Outside, tmp_path: Path) -> None:
             "test_codec_refuses_other_files[careless-empty]": refuses,
             "test_codec_refuses_other_files[careless-noise]": refuses,
             "test_shape_refuses_impossible_sizes[careless]": r"shape\(\{'no_such_size': 4\}, cond\) must raise ConfigError",
+            "test_task[careless-forgets]": "task 'forgets' does not keep what it says is kept",
+            "test_task[careless-draws]": "task 'draws': a sample changes with the number of them",
             "test_metrics[careless]": "'luck'].real is missing: the same measure of options",
             "test_view[careless]": "the view asks for 'https://cdn.example/plot.js': a report must open without a network",
         },

@@ -6,7 +6,8 @@ from pathlib import Path
 import h5py
 import torch
 
-from polydiff.core.adapter import Metric
+from polydiff.core.adapter import Item, Metric
+from polydiff.core.tasks import Task
 from polydiff.modalities.toy2d import ADAPTER as TOY2D
 from polydiff.modalities.toy2d.codec import Codec
 
@@ -34,4 +35,20 @@ def view(samples, reference):
     return fragment._replace(html=fragment.html + '<script src="https://cdn.example/plot.js"></script>')
 
 
-ADAPTER = replace(TOY2D, name="careless", codec=Careless, shape=shape, metrics=metrics, view=view)
+def forgets(input, options, run, noise, k):
+    return Task(reference=Item(input.x, meta={"kept": torch.tensor([True, False])}))
+
+
+def draws(input, options, run, noise, k):
+    return Task(x_start=input.x + torch.randn(2), reference=input)
+
+
+ADAPTER = replace(
+    TOY2D,
+    name="careless",
+    codec=Careless,
+    shape=shape,
+    tasks={**TOY2D.tasks, "forgets": forgets, "draws": draws},
+    metrics=metrics,
+    view=view,
+)
