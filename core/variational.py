@@ -22,13 +22,14 @@ Source: Ho 2020, section 3.2 and eq. 5 to 13; Nichol 2021, eq. 14 to 17; Kingma 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from polydiff.core.denoiser import Denoise, Prediction, as_prediction
 from polydiff.core.errors import ConfigError
+from polydiff.core.noise import as_noise
 from polydiff.core.schedules import Schedule, as_time
 from polydiff.core.tree import expand
 
@@ -78,13 +79,15 @@ def log_bin_probability(x0: Tensor, mean: Tensor, log_variance: Tensor, bins: in
 
 
 class VariationalBound:
-    """The bound on the negative log-likelihood of data under a chain whose reverse variance a network gives.
+    """The bound on the negative log-likelihood of data under a chain, whose reverse variance a network may give.
 
     Args:
         process: a Gaussian process on the whole of R^d.
         steps: of the chain, the last one to the data; 2 or more.
         bins: the data take that many equally spaced values on [-1, 1], and the last step gives each a probability; or
             None: they are real numbers, and the last step is a density.
+        learned: the fraction v comes from the network; otherwise it is 0 (beta_tilde, as ``ddpm`` has it), and 1 in the
+            last step, where beta is finite: the variance of x0 given x_t for data N(0, I).
 
     Raises:
         ConfigError: fewer than 2 steps or bins, or a mean-free process, whose noise cannot differ by element.
@@ -93,13 +96,20 @@ class VariationalBound:
     stands in for it.
     """
 
-    def __init__(self, process: GaussianProcess, steps: int = 1000, bins: int | None = None) -> None:
+    def __init__(
+        self, process: GaussianProcess, steps: int = 1000, bins: int | None = None, learned: bool = True
+    ) -> None:
         for name, value in {"steps": steps, "bins": 2 if bins is None else bins}.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-                raise ConfigError(f"objective.variance.{name}={value} must be a whole number of at least 2")
+                key = f"objective.variance.{name}" if learned else name
+                raise ConfigError(f"{key}={value} must be a whole number of at least 2")
         if process.mean_free:
-            raise ConfigError("a variance for each element would break the symmetry of a mean-free process: take none")
-        self.process, self.steps, self.bins = process, steps, bins
+            raise ConfigError(
+                "a variance for each element would break the symmetry of a mean-free process: take none"
+                if learned
+                else "the bound of a chain counts every element as a dimension; on a mean-free process take log_prob"
+            )
+        self.process, self.steps, self.bins, self.learned = process, steps, bins, learned
         schedule = process.schedule
         self._start, self._width = schedule.t_min, schedule.t_max - schedule.t_min
         first, second = as_time(self._start), as_time(self._start + self._width / (steps - 1))
@@ -118,12 +128,13 @@ class VariationalBound:
         the prediction; for t = t_min -log p(x0 | x_t). The mean of p takes no gradient: only v learns from it.
 
         Raises:
-            ConfigError: the prediction has no variance.
+            ConfigError: the prediction has no variance, and it is to be learned.
         """
-        v, t, schedule = prediction.fraction, prediction.t, self.process.schedule
+        t, schedule = prediction.t, self.process.schedule
         x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
-        v, mean = v.to(x0.dtype), prediction.x0.detach().to(x0.dtype)
         place = ((t - self._start) / self._width * (self.steps - 1)).round()
+        v = prediction.fraction.to(x0.dtype) if self.learned else expand((place < 0.5).to(t.dtype), x0)
+        mean = prediction.x0.detach().to(x0.dtype)
         log_snr_t = schedule.log_snr(t)
         log_snr_s = schedule.log_snr(self._start + (place - 1).clamp_min(0) / (self.steps - 1) * self._width)
         gain = expand(torch.exp(2 * log_snr_s) - torch.exp(2 * log_snr_t), x0)
@@ -141,21 +152,20 @@ class VariationalBound:
         return self.nats(prediction, x0) * (self.steps / math.log(2))
 
     @torch.no_grad()
-    def total(self, denoise: Denoise, x0: Tensor, generator: torch.Generator, mask: Tensor | None = None) -> Tensor:
+    def total(self, denoise: Denoise, x0: Tensor, generator: Any = None, mask: Tensor | None = None) -> Tensor:
         """The whole bound in bits per valid element, (b,): every step once with its own noise, and the prior's part.
 
         Args:
-            denoise: of a network with a second head; called ``steps`` times.
+            denoise: called ``steps`` times; of a network with a second head where the variance is learned.
             x0: clean states (b, *dims).
-            generator: of the noise, on the device of x0.
+            generator: of the noise, as in ``sample``.
             mask: valid elements, bool (b, n).
         """
         process, schedule = self.process, self.process.schedule
-        end = as_time(schedule.t_max)
+        end, noise = as_time(schedule.t_max), as_noise(generator, len(x0), process.mask_axis)
         bound = 0.5 * (x0 * float(torch.exp(schedule.log_snr(end)))) ** 2  # both have the variance sigma(t_max)^2
         for place in range(self.steps):
             t = as_time(self._start + place / (self.steps - 1) * self._width)
-            z = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
-            x_t = process.perturb(x0, t, z, mask)
+            x_t = process.perturb(x0, t, noise.draw(place, "chain", x0, mask=mask), mask)
             bound = bound + self.nats(as_prediction(process, x_t, t, denoise(x_t, t)), x0)
         return process.mean(bound, mask) / math.log(2)
