@@ -200,3 +200,69 @@ def obey_permissions() -> None:
     pr_capbset_drop, cap_dac_override = 24, 1
     if os.geteuid() == 0:
         assert ctypes.CDLL(None).prctl(pr_capbset_drop, cap_dac_override, 0, 0, 0) == 0
+
+
+def test_a_task_is_recorded_with_what_it_was_given(polydiff: Command, refused: Command, run: Path) -> None:
+    words = [f"run={run}", "n=3", "steps=4", "task=inpaint", "task.known=[0.5,null]", "task.method=repaint"]
+    code, out, error = polydiff("sample", *words)
+    folder = run / "samples/inpaint-dpmpp-2m-4-seed0"
+    assert (code, error) == (0, "")
+    assert f"wrote {folder}/" in out
+    record = json.loads((folder / "samples.json").read_text())
+    options = {"method": "repaint", "noise": 0.0, "zeta": None, "repeats": 4, "known": [0.5, None]}
+    assert record["task"] == {"name": "inpaint", "input": None, "options": options}
+    files = [f"sample-{k:05d}.csv" for k in range(3)]
+    entries = [
+        {"file": file, "index": k, "cond": {}, "given": "given/sample-00000.csv", "task": {}}
+        for k, file in enumerate(files)
+    ]
+    assert record["samples"] == entries
+    assert [path.name for path in (folder / "given").iterdir()] == ["sample-00000.csv"]  # all were given the same
+    points = [np.loadtxt(folder / name, delimiter=",", skiprows=1) for name in ("given/sample-00000.csv", *files)]
+    assert [point[0] for point in points] == [0.5] * 4
+    assert points[0][1] == 0
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    assert polydiff("sample", *words)[0] == 0  # again
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
+    assert polydiff("sample", *words, "task.repeats=1")[0] == 0
+    folders = {path.name for path in (run / "samples").iterdir()}
+    assert folders == {folder.name, f"{folder.name}-2"}
+    (folder / "given/mine.txt").write_text("x")
+    assert "holds samples of other settings" in refused("sample", *words, "seed=1", f"out={folder}")
+
+
+def test_an_input_is_a_file_or_a_folder(polydiff: Command, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "points").mkdir()
+    for name, x in (("a", 0.25), ("b", -0.5)):
+        (tmp_path / f"points/{name}.csv").write_text(f"x,y\n{x},1\n")
+    for given, expected in ((tmp_path / "points", [0.25, -0.5, 0.25]), (tmp_path / "points/b.csv", [-0.5] * 3)):
+        words = ["n=3", "steps=2", "task=inpaint", f"input={given}", f"out={tmp_path / 'out' / given.name}"]
+        assert polydiff("sample", f"run={run}", *words)[0] == 0
+        folder = tmp_path / "out" / given.name
+        points = [np.loadtxt(folder / f"sample-{k:05d}.csv", delimiter=",", skiprows=1) for k in range(3)]
+        assert [point[0] for point in points] == expected
+        assert len(list((folder / "given").iterdir())) == len(set(expected))
+        assert json.loads((folder / "samples.json").read_text())["task"]["input"] == str(given)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["task=inpant"], "unknown task of the adapter 'toy2d' 'inpant': did you mean inpaint"),
+        (["task=inpaint"], "task=inpaint needs something to work on: add input=FILE or input=FOLDER"),
+        (["task=inpaint", "input=nowhere.csv"], "input=nowhere.csv: no such file or folder"),
+        (["task=inpaint", "input=/dev/null"], "/dev/null"),
+        (["task=inpaint", "task.methd=dps"], "unknown option 'task.methd': did you mean task.method"),
+        (["task=inpaint", "task.repeats=many"], "repeats must be a whole number"),
+        (["task=inpaint", "task.known=[1,2]"], "task.known must be [x,null] or [null,y]"),
+        (["task=inpaint", "task.known=[0.5,null]", "task.method=none"], "unknown task.method 'none'"),
+        (["task=inpaint", "task.known=[0.5,null]", "task.noise=-1"], "task.noise=-1.0 must be 0 or more"),
+        (["task.known=[0.5,null]"], "input= and task.<key>= say how a task works: add task=NAME"),
+        (["input=a.csv"], "input= and task.<key>= say how a task works: add task=NAME"),
+        (["task=null", "input=a.csv"], "add task=NAME"),
+        (["task.=3"], "unknown option 'task.'"),
+    ],
+)
+def test_a_mistake_about_a_task_is_one_line(refused: Command, run: Path, words: list[str], message: str) -> None:
+    assert message in refused("sample", f"run={run}", "n=2", "steps=2", *words)
+    assert not (run / "samples").exists() or not list((run / "samples").iterdir())

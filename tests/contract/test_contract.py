@@ -36,8 +36,9 @@ def test_images_keep_it_with_all_their_conditions(outside: Outside, tmp_path: Pa
 def test_the_document_builds_its_adapter_in_few_lines() -> None:
     files = documented()
     assert {Path(name).suffix for name in files} == {".toml", ".md", ".py", ".yaml"}
-    lines = sum(len(text.splitlines()) for name, text in files.items() if name.endswith((".py", ".yaml")))
-    assert lines <= 150, lines
+    lines = {name: len(text.splitlines()) for name, text in files.items() if name.endswith((".py", ".yaml"))}
+    assert lines.pop("polydiff_curves/tasks.py") <= 30  # the part that many do without
+    assert sum(lines.values()) <= 150, lines
 
 
 COMMANDS = """
