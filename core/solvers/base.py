@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -176,7 +177,9 @@ class Solver(ABC):
 
     def calls(self, plan: Plan) -> int | None:
         """Calls of the denoiser that a plan takes; None where that depends on what is sampled."""
-        return sum(1 + len(getattr(step, "stages", ())) for step in plan.steps)
+        if self.stages is None:
+            return None
+        return sum(1 if is_end(start, end) else self.stages for start, end in itertools.pairwise(plan.points))
 
     @abstractmethod
     def step(self, state: State, k: int, plan: Plan, denoise: Denoise, noise: Any) -> State:

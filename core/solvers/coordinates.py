@@ -19,6 +19,7 @@ intervals of a grid at once: a ``Point`` may hold numpy arrays.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -100,23 +101,32 @@ class Quadrature:
             gives the classical Adams weights.
         schedule, start, end: the n intervals, with finite log-SNR.
         eta2: squared noise level of each interval, (n,) or a number.
-
-    Attributes:
-        density: dtau/dlambda at the end of each interval, over its mean, (n,).
     """
 
     def __init__(self, form: str, variable: str, schedule: Schedule, start: Point, end: Point, eta2: Array = 0.0):
-        h = (end.log_snr - start.log_snr)[:, None]
+        self.form, self.variable, self.schedule, self.start, self.end, self.eta2 = (
+            form,
+            variable,
+            schedule,
+            start,
+            end,
+            eta2,
+        )
+
+    @functools.cached_property
+    def _integrand(self) -> tuple[Array, Array, Array]:
+        """The variable and the integrand's weights at the nodes of every interval, (n, 24); and the density."""
+        form, schedule = self.form, self.schedule
+        h = (self.end.log_snr - self.start.log_snr)[:, None]
         back = h * (_FRACTIONS - 1)  # log-SNR above that of the end
-        log_snr, t = end.log_snr[:, None] + back, np.zeros(())
-        if variable == "t" or form == "velocity":
+        if self.variable == "index":
+            shape = back.shape
+            return np.broadcast_to(_FRACTIONS, shape), np.broadcast_to(_WEIGHTS, shape), np.ones(shape[0])
+        log_snr, t = self.end.log_snr[:, None] + back, np.zeros(())
+        if self.variable == "t" or form == "velocity":
             t = schedule.t_of_log_snr(torch.from_numpy(log_snr)).numpy()
-        if variable == "index":
-            self.u, self._mass = np.broadcast_to(_FRACTIONS, log_snr.shape), np.broadcast_to(_WEIGHTS, log_snr.shape)
-            self.density = np.ones(len(h))
-            return
         if form == "x0":
-            density = np.exp((1 + np.asarray(eta2)[..., None]) * back)
+            density = np.exp((1 + np.asarray(self.eta2)[..., None]) * back)
         elif form == "eps":
             density = np.exp(-back)
         elif form == "v":
@@ -127,24 +137,33 @@ class Quadrature:
             density = 1 / np.abs(schedule.dlog_snr(torch.from_numpy(t)).numpy())
         density = density * _WEIGHTS
         mass = density.sum(1)
-        self.u, self._mass, self.density = VARIABLES[variable][0](log_snr, t), density / mass[:, None], 1 / mass
+        return VARIABLES[self.variable][0](log_snr, t), density / mass[:, None], 1 / mass
+
+    @property
+    def density(self) -> Array:
+        """dtau/dlambda at the end of each interval over its mean, (n,)."""
+        return self._integrand[2]
 
     def weights(self, nodes: Array, blend: float = 0.0) -> Array:
         """Mean of each Lagrange polynomial through the nodes (n, p), NaN where there is none; rows sum to 1.
 
         ``blend`` replaces that share of the polynomial through three or more nodes by its tangent at the first one.
         """
+        if nodes.shape[1] == 1:
+            return np.ones_like(nodes)
+        u, mass, _ = self._integrand
         there = np.isfinite(nodes)
-        away = np.where(there[:, None], self.u[:, :, None] - nodes[:, None], 1.0)
+        away = np.where(there[:, None], u[:, :, None] - nodes[:, None], 1.0)
         gaps = np.where(there[:, None], nodes[:, :, None] - nodes[:, None], 1.0)
-        gaps[:, range(nodes.shape[1]), range(nodes.shape[1])] = 1.0
+        diagonal = np.arange(nodes.shape[1])
+        gaps[:, diagonal, diagonal] = 1.0
         scale = gaps.prod(2)
         basis = away.prod(2)[..., None] / away  # no node lies strictly inside its interval
-        weights = np.where(there, (self._mass[:, None] @ basis)[:, 0] / scale, 0.0)
+        weights = np.where(there, (mass[:, None] @ basis)[:, 0] / scale, 0.0)
         if blend:
             slopes = np.where(there, gaps[:, 0].prod(1)[:, None] / gaps[:, 0] / scale, 0.0)
             slopes[:, 0] = -slopes[:, 1:].sum(1)
-            tangent = slopes * (self._mass * (self.u - nodes[:, :1])).sum(1)[:, None]
+            tangent = slopes * (mass * (u - nodes[:, :1])).sum(1)[:, None]
             tangent[:, 0] += 1
             weights = np.where(there.sum(1)[:, None] > 2, (1 - blend) * weights + blend * tangent, weights)
         return weights

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -158,21 +159,23 @@ class Multistep(Solver):
         ends = is_end(table.cut(0, n), table.cut(1, n + 1))
         inner = np.flatnonzero(~ends)  # contiguous: only the first and the last intervals may touch an infinite log-SNR
         low, high = (int(inner[0]), int(inner[-1]) + 1) if len(inner) else (0, 0)
-        steps = [
-            _Step("x0", scale, (weight,))
-            for scale, weight in (first_order(points[k], points[k + 1]) for k in np.flatnonzero(ends))
-        ]
+        outer = {k: first_order(points[k], points[k + 1]) for k in (*range(low), *range(high, n))}
+        own = list(zip(*(column.tolist() for column in from_x0(self.predict, schedule, table.cut(0, n))), strict=True))
+        steps = {k: _Step("x0", scale, (weight,), own=own[k]) for k, (scale, weight) in outer.items()}
         if len(inner):
-            steps[low:low] = self._inner(schedule, table, low, high)
-        own = zip(*(column.tolist() for column in from_x0(self.predict, schedule, table.cut(0, n))), strict=True)
-        return tuple(step._replace(own=pair) for step, pair in zip(steps, own, strict=True))
+            steps.update(enumerate(self._inner(schedule, table, low, high, own), low))
+        return tuple(steps[k] for k in range(n))
 
-    def _inner(self, schedule: Schedule, table: Point, low: int, high: int) -> list[_Step]:
+    def _inner(
+        self, schedule: Schedule, table: Point, low: int, high: int, own: list[tuple[float, float]]
+    ) -> list[_Step]:
         start, end = table.cut(low, high), table.cut(low + 1, high + 1)
         h = end.log_snr - start.log_snr
         eta = self._levels(start.log_snr + 0.5 * h)
         scale, total = tau_span(self.predict, start, end, eta**2)
-        field, noise, spread = COORDINATES[self.predict], np.zeros_like(h), np.zeros_like(h)
+        quadrature = Quadrature(self.predict, self.variable, schedule, start, end, eta**2)
+        nodes, first, last = self._nodes(table, low, high)
+        spread = np.zeros_like(h)
         if self.stochastic and self.noise_form != "sde":
             noise = eta * end.sigma * np.sqrt(-np.expm1(-2 * h))
             scale = np.sqrt(np.maximum(end.sigma**2 - noise**2, 0.0)) / start.sigma
@@ -181,22 +184,19 @@ class Multistep(Solver):
                 spread = log_range(torch.from_numpy(start.log_snr), torch.from_numpy(end.log_snr)).numpy()
         else:
             noise = end.sigma * np.sqrt(-np.expm1(-2 * eta**2 * h))
-            quadrature = Quadrature(self.predict, self.variable, schedule, start, end, eta**2)
-            nodes, first, last = self._nodes(table, low, high)
             rule = self.corrector if self.corrector in ("bh1", "bh2") else self.rule
             weights = total[:, None] * _shares(quadrature, nodes, last - first, rule, self.blend)
-        begin = self._begin(schedule, start, end)
+        begin = self._begin(schedule, start, end, own[low:high])
         if self.corrector is not None:
             nodes = np.concatenate([last[:, None], nodes], 1)
-            rule = self.corrector
-            change = total[:, None] * _shares(quadrature, nodes, last - first, rule, 0.0, base=1)
+            change = total[:, None] * _shares(quadrature, nodes, last - first, self.corrector, 0.0, base=1)
             change[:, 1:] -= weights
             change[: len(begin)] = 0.0
-            weights = np.pad(weights, ((0, 0), (0, 1)))
+            weights = np.concatenate([weights, np.zeros((len(h), 1))], 1)
             weights[1:] += scale[1:, None] * change[:-1]
-        columns = (scale.tolist(), weights.tolist(), noise.tolist(), spread.tolist())
-        steps = [_Step(field, a, _stripped(w), b, c) for a, w, b, c in zip(*columns, strict=True)]
-        return [*begin, *steps[len(begin) :]]
+        columns = (scale.tolist(), map(_stripped, weights.tolist()), noise.tolist(), spread.tolist())
+        steps = map(_Step, repeat(COORDINATES[self.predict]), *columns, repeat(()), own[low:high])
+        return [*begin, *list(steps)[len(begin) :]]
 
     def _levels(self, log_snr: Array) -> Array:
         """Eta of each interval, from the log-SNR in its middle."""
@@ -221,7 +221,7 @@ class Multistep(Solver):
             there &= back < len(table.time) - 1 - at
         return np.where(there, values, np.nan), first, last
 
-    def _begin(self, schedule: Schedule, start: Point, end: Point) -> list[_Step]:
+    def _begin(self, schedule: Schedule, start: Point, end: Point, own: list[tuple[float, float]]) -> list[_Step]:
         """The intervals that a full start takes by Runge-Kutta."""
         index = self.variable == "index"
         count = self.terms - (1 if index else 2)
@@ -229,7 +229,14 @@ class Multistep(Solver):
             return []
         tableau = "pseudo-rk4" if index else _START[self.terms - (self.corrector is None)]
         rows = stages(TABLEAUS[tableau], self.predict, schedule, start.cut(0, count), end.cut(0, count))
-        return [_Step("x0", scale, weights, stages=tuple(within)) for *within, (_, scale, weights) in rows]
+        return [
+            _Step("x0", scale, weights, stages=tuple(within), own=pair)
+            for (*within, (_, scale, weights)), pair in zip(rows, own, strict=False)
+        ]
+
+    def calls(self, plan: Plan) -> int:
+        """One an interval, and those of a Runge-Kutta start."""
+        return sum(1 + len(step.stages) for step in plan.steps)
 
     def step(self, state: State, k: int, plan: Plan, denoise: Denoise, noise: Any) -> State:
         """One call of the denoiser, but for a Runge-Kutta start, and one linear combination."""
@@ -260,10 +267,15 @@ class Multistep(Solver):
 
 def _shares(quadrature: Quadrature, nodes: Array, width: Array, rule: str, blend: float, base: int = 0) -> Array:
     """Weights of the predictions in units of the whole integral; a rule takes the place of exact lines from the base."""
-    weights = quadrature.weights(nodes, blend)
-    if rule == "exact" or nodes.shape[1] < 2:
+    count = np.isfinite(nodes).sum(1)
+    lines = count == 2
+    if rule == "exact" or count.max() > 2:
+        weights = quadrature.weights(nodes, blend)
+    else:
+        weights = np.zeros_like(nodes)
+        weights[:, 0] = 1.0
+    if rule == "exact" or not lines.any():
         return weights
-    lines = np.isfinite(nodes).sum(1) == 2
     half = 0.5 * (quadrature.density if rule == "bh1" else 1.0) * width / (nodes[:, 1 - base] - nodes[:, base])
     weights[:, 1 - base] = np.where(lines, half, weights[:, 1 - base])
     weights[:, base] = np.where(lines, 1 - half, weights[:, base])

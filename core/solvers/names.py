@@ -39,11 +39,11 @@ class Entry(NamedTuple):
 _ddim = Entry(
     Multistep(1, "x0"), "Song 2020 (DDIM), eq. 12 with eta = 0; Karras 2022, algorithm 1 without its correction"
 )
+_ddpm = Entry(Multistep(1, "x0", eta=1.0, noise_form="ancestral"), "Ho 2020, algorithm 2, with the posterior variance")
 
 NAMES: dict[str, Entry] = {
-    "ddpm": Entry(
-        Multistep(1, "x0", eta=1.0, noise_form="ancestral"), "Ho 2020, algorithm 2, with the posterior variance"
-    ),
+    "ddpm": _ddpm,
+    "euler-ancestral": _ddpm,
     "ddpm-learned": Entry(
         Multistep(1, "x0", eta=1.0, noise_form="learned"), "Nichol 2021, eq. 15: ddpm with the network's own variance"
     ),
@@ -69,7 +69,7 @@ NAMES: dict[str, Entry] = {
     "euler-maruyama": Entry(EulerMaruyama(), "Song 2021, eq. 6: the reverse SDE in t"),
     "pc": Entry(
         PredictorCorrector(Multistep(1, "x0", eta=1.0, noise_form="ancestral"), snr=0.16),
-        "Song 2021, algorithms 4 and 5, with r of appendix G for VE; the predictor is ddpm in place of reverse diffusion",
+        "Song 2021, algorithms 4 and 5, with r = 0.16; the predictor is ddpm in place of reverse diffusion",
     ),
     "langevin": Entry(
         PredictorCorrector(None, 100, size=0.1), "Song 2019 (NCSN), algorithm 1 with the values of its section 5"

@@ -21,9 +21,19 @@ from tests.numerics.exact import Gaussian, Mixture, as_field, slope
 
 F64 = torch.float64
 # rk45 chooses its own steps: tests/numerics/test_adaptive.py
-DETERMINISTIC = [name for name, entry in NAMES.items() if not entry.stochastic and entry.stages]
+DETERMINISTIC = [  # each method once; one that chooses its own steps has no order in those of the grid
+    name
+    for k, (name, entry) in enumerate(NAMES.items())
+    if not entry.stochastic and entry.stages is not None and entry not in list(NAMES.values())[:k]
+]
+SMOOTH = [name for name in SCHEDULES if name != "discrete"]  # a schedule read off a table has kinks
 # away from the infinite ends, so that the asymptotic regime starts at few steps
 RANGE = {"vp": (0.6, 0.05), "sub_vp": (0.6, 0.05), "ve": (0.75, 0.3), "edm": (0.6, 0.35)}
+
+
+def nominal_order(solver):
+    """The order that a solver approaches while the steps are long, where its start or a shortcut then lowers it."""
+    return solver.terms + (solver.corrector is not None) if isinstance(solver, Multistep) else solver.order
 
 
 def _rms(x):
@@ -45,16 +55,19 @@ def _error(data, solver, name, start, end, x):
     return error
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", SMOOTH)
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_order_of_named_solvers_on_gaussian_data(name, schedule):
     data = Gaussian(gaussian(schedule), std=(0.7, 1.0, 1.3), mean=(0.1, -0.2, 0.3))
     start, end = RANGE.get(schedule, (0.7, 0.2))
     solver = NAMES[name].solver
     error = _error(data, solver, "uniform", start, end, data.draw(start, 8))
-    # On Gaussian data y' = tau y / (s^2 + tau^2), and the h^3 terms of the midpoint rule cancel: it measures order 3.
-    excess = 1.1 if name == "midpoint" else 0.5
-    assert -0.15 <= slope(error, {1: 64, 2: 32}.get(solver.order, 16), low=1e-12) - solver.order <= excess
+    # On Gaussian data y' = tau y / (s^2 + tau^2), and the h^3 terms of the midpoint rule cancel: it measures order 3. A low
+    # start lowers the order by errors that are small next to the others until the steps are.
+    excess = 1.1 if name == "midpoint" else 0.5 + nominal_order(solver) - solver.order
+    n = {1: 64, 2: 32}.get(solver.order, 16) if nominal_order(solver) == solver.order else 64
+    n = 512 if name == "dpmpp-3m" else n  # whose two kinds of error first cancel
+    assert -0.15 <= slope(error, n, low=1e-12) - solver.order <= excess
 
 
 @pytest.mark.parametrize("predict,variable", list(itertools.product(COORDINATES, ["log_snr", "t", "angle", "index"])))
@@ -178,7 +191,7 @@ def test_weights_integrate_polynomials_exactly(predict, variable):
         assert summed == pytest.approx(integral, rel=1e-6)
 
 
-@pytest.mark.parametrize("solver", ["ddpm", "dpmpp-2m-sde", "edm"])
+@pytest.mark.parametrize("solver", ["ddpm", "dpmpp-2m-sde", "dpmpp-3m-sde", "sa-solver", "edm"])
 @pytest.mark.parametrize("schedule", ["vp", "edm", "rectified_flow"])
 def test_stochastic_solvers_keep_the_marginals(solver, schedule):
     data = Gaussian(gaussian(schedule))
@@ -251,8 +264,9 @@ def test_final_interval_returns_x0_hat_and_calls_are_as_declared(solver):
     denoise = count(with_variance(data.x0_hat))
     x = data.draw(1.0, 3)
     out = sample(denoise, data.process, x, solver, steps=6, generator=0)
-    if NAMES[solver].stages is not None:
-        assert denoise.calls == 5 * NAMES[solver].stages + 1
+    plan = NAMES[solver].solver.plan(data.process, make_grid("karras", 6, data.process))
+    assert NAMES[solver].solver.calls(plan) in (denoise.calls, None)
+    assert denoise.calls >= 5 * (NAMES[solver].stages or 1) + 1
     one = sample(with_variance(lambda *_: torch.full_like(x, 0.25)), data.process, x, solver, steps=4, generator=0)
     torch.testing.assert_close(one, torch.full_like(x, 0.25))
     assert out.shape == x.shape and out.dtype == F64
@@ -277,6 +291,22 @@ def test_the_predicted_field_does_not_change_the_sample(field):
         lambda: Multistep(1, "eps", eta=1.0),
         lambda: Multistep(2, eta=1.0, noise_form="ancestral"),
         lambda: Multistep(2, eta=math.nan),
+        lambda: Multistep(5),
+        lambda: Multistep(2, eta=-0.5),
+        lambda: Multistep(2, eta=math.inf),
+        lambda: Multistep(2, corrector="bh3"),
+        lambda: Multistep(2, "v", corrector="bh1"),
+        lambda: Multistep(2, "eps", "t", corrector="bh2"),
+        lambda: Multistep(2, rule="midpoint", corrector="bh2"),
+        lambda: Multistep(2, rule="midpoint", variable="index"),
+        lambda: Multistep(2, rule="trapezium"),
+        lambda: Multistep(2, blend=0.5),
+        lambda: Multistep(3, blend=1.5),
+        lambda: Multistep(3, blend=math.nan),
+        lambda: Multistep(3, blend=0.5, corrector="exact"),
+        lambda: Multistep(1, eta=0.5, noise_form="ancestral", corrector="exact"),
+        lambda: Multistep(3, eta=0.5, startup="full"),
+        lambda: Multistep(3, startup="high"),
         lambda: RungeKutta("rk5"),
         lambda: RungeKutta("heun", "eps", Churn(math.inf)),
     ],
