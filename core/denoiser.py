@@ -11,6 +11,7 @@ are linear in each other once x_t is known: wanted = a x_t + b given. ``coeffici
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -348,4 +349,5 @@ def parameter_count(module: nn.Module) -> int:
 
 def finite(state: Any) -> bool:
     """Whether every number of a state is finite."""
-    return all(bool(torch.isfinite(leaf).all()) for leaf in leaves(state))
+    # a finite sum has finite terms, and costs a third; finite terms may overflow it
+    return all(math.isfinite(leaf.sum()) or bool(torch.isfinite(leaf).all()) for leaf in leaves(state))
