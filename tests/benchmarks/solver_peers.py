@@ -279,9 +279,9 @@ def all_peers() -> dict[str, Peer]:
 
 def k_diffusion_sampling() -> types.ModuleType:
     """``k_diffusion.sampling`` without the rest of its package, which needs much more to be installed."""
-    spec = importlib.util.find_spec("k_diffusion")
-    assert spec is not None and spec.submodule_search_locations is not None
     if "k_diffusion" not in sys.modules:
+        spec = importlib.util.find_spec("k_diffusion")
+        assert spec is not None and spec.submodule_search_locations is not None
         package = types.ModuleType("k_diffusion")
         package.__path__ = list(spec.submodule_search_locations)
         sys.modules["k_diffusion"] = package
