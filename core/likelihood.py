@@ -102,7 +102,7 @@ def log_prob(
         trace = torch.zeros(len(x), dtype=x.dtype, device=x.device)
         for u in _basis(process, x, mask) if exact else signs:
             (product,) = torch.autograd.grad(p, x, u, retain_graph=True)
-            trace += (u * product).flatten(1).sum(1)
+            trace += (u * product).reshape(len(x), -1).sum(1)
         share = 1 if exact else probes
         return p.detach(), c * trace.to("cpu", torch.float64) / (share * dims.clamp_min(1))
 
@@ -128,9 +128,9 @@ def _basis(process: Any, x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
     """The unit vectors of the elements that are valid in some item, projected; the sum of u u^T is the projection."""
     valid = process.valid(x, mask)
     used = torch.ones_like(x) if valid is None else valid.expand_as(x)
-    for i in used.flatten(1).any(0).nonzero()[:, 0]:
-        u = torch.zeros_like(x)
-        u.flatten(1)[:, i] = 1
+    for i in used.reshape(len(x), -1).any(0).nonzero()[:, 0]:
+        u = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        u.view(len(x), -1)[:, i] = 1
         yield process.project(u, mask)
 
 

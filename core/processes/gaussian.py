@@ -118,7 +118,7 @@ class GaussianProcess:
         """Average (b,) of values (b, *dims) over the generated elements."""
         valid = self.valid(values, mask, fixed)
         if valid is None:
-            return values.flatten(1).mean(1)
+            return values.reshape(len(values), -1).mean(1)
         valid = valid.expand_as(values)
         return (values * valid).flatten(1).sum(1) / valid.flatten(1).sum(1).clamp_min(1)
 
@@ -128,13 +128,13 @@ class GaussianProcess:
         valid = self.valid(x, mask)
         kept = x if valid is None else x * valid
         constant = 0.5 * math.log(2 * math.pi * sigma**2)
-        return -0.5 * ((kept / sigma) ** 2).flatten(1).sum(1) - constant * self.dims(x, mask)
+        return -0.5 * ((kept / sigma) ** 2).reshape(len(x), -1).sum(1) - constant * self.dims(x, mask)
 
     def dims(self, like: Tensor, mask: Tensor | None = None) -> Tensor:
         """Dimension (b,) of the space that states live in: valid elements, less those that being mean-free takes."""
         valid = self.valid(like, mask)
         weight = torch.ones_like(like) if valid is None else valid.expand_as(like)
-        dims = weight.flatten(1).sum(1)
+        dims = weight.reshape(len(like), -1).sum(1)
         return dims - weight.amax(self.mask_axis).flatten(1).sum(1) if self.mean_free else dims
 
     def rate(self, x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
