@@ -17,15 +17,14 @@ from torch import Tensor
 from polydiff.core.errors import ConfigError
 from polydiff.core.schedules import as_time
 
-_REACH, _CELLS = 64.0, 2**27  # a Brownian path runs over log-SNR -64 to 64 and is known at 2^27 + 1 places, 1e-6 apart
+_REACH, _CELL = 64.0, 2.0**-20  # Brownian paths run over log-SNR -64 to 64 and are known at places one cell apart
 
 
 class Noise:
     """Per-item streams of standard normal numbers.
 
-    With ``brownian`` the draws that name an interval of log-SNR are the normalised increments of one Brownian path for
-    each item and purpose, whatever the grid: a solver with a given seed then converges to one sample as its steps are
-    made smaller. Increments of intervals that do not overlap are independent, all have unit variance.
+    With ``brownian`` the draws that name an interval of log-SNR are normalised increments of one Brownian path for each
+    item and purpose, whatever the grid, so that an SDE solver converges to one sample as its steps are made smaller.
 
     Args:
         seed: the run's seed.
@@ -56,8 +55,7 @@ class Noise:
             k: number of the draw, usually the interval.
             purpose: what for; each purpose has its own stream, and each leaf of a product its own purpose.
             like: gives shape, dtype and device.
-            t, s: log-SNR at the interval's ends, for Brownian noise; independent draws do not use them, and neither
-                does a step that does not raise the log-SNR.
+            t, s: log-SNR at the interval's ends, for Brownian noise; not used where it does not rise from t to s.
             mask: valid elements, bool (b, n); an item's draw has the shape of its valid part.
         """
         if isinstance(like, dict):
@@ -75,29 +73,22 @@ class Noise:
             if ends is None:
                 z = torch.randn(own, generator=self.generator(row, k, purpose))
             else:
-                scale = math.sqrt(_CELLS / (2 * _REACH) / (ends[1] - ends[0]))
-                z = (scale * (self._path(row, purpose, ends[1], own) - self._path(row, purpose, ends[0], own))).float()
-            if index is None:
-                target.copy_(z)
-            else:
-                target.index_copy_(axis, index, z)
+                first, last = (self._path(row, purpose, place, own) for place in ends)
+                z = ((last - first) / math.sqrt((ends[1] - ends[0]) * _CELL)).float()
+            target.copy_(z) if index is None else target.index_copy_(axis, index, z)
         return out.to(device=like.device, dtype=like.dtype)
 
     def _path(self, row: int, purpose: str, place: int, shape: tuple[int, ...]) -> Tensor:
-        """Brownian motion that is 0 at log-SNR -64, by bisection: the middle of two known places given their values.
-
-        Every middle has a stream of its own, so the order in which places are asked for does not matter.
-        """
+        """Brownian motion from 0 at log-SNR -64, by bisection: every middle of two known places has its own stream."""
 
         def normal(k: int) -> Tensor:
             return torch.randn(shape, generator=self.generator(row, k, f"{purpose}/brownian"), dtype=torch.float64)
 
-        low, high = 0, _CELLS
+        low, high = 0, round(2 * _REACH / _CELL)
         at_low, at_high = torch.zeros(shape, dtype=torch.float64), math.sqrt(2 * _REACH) * normal(high)
         while low < place < high:
             middle = (low + high) // 2
-            half = math.sqrt(2 * _REACH * (high - low) / _CELLS) / 2
-            at_middle = 0.5 * (at_low + at_high) + half * normal(middle)
+            at_middle = 0.5 * (at_low + at_high) + 0.5 * math.sqrt((high - low) * _CELL) * normal(middle)
             if place < middle:
                 high, at_high = middle, at_middle
             else:
@@ -106,16 +97,13 @@ class Noise:
 
 
 def _places(t: Any, s: Any) -> tuple[int, int] | None:
-    """Where an interval of log-SNR lies on the lattice of Brownian paths; None if it is empty there or runs backwards."""
-    first, last = (round((min(max(float(end), -_REACH), _REACH) / _REACH + 1) * (_CELLS // 2)) for end in (t, s))
+    """Where an interval of log-SNR lies on the lattice of Brownian paths; None if it is empty there or does not rise."""
+    first, last = (round((min(max(float(end), -_REACH), _REACH) + _REACH) / _CELL) for end in (t, s))
     return (first, last) if first < last else None
 
 
 class Projected:
-    """A noise whose draws go through ``process.project``; what the sampling loop hands to solvers.
-
-    ``suffix`` is added to every purpose.
-    """
+    """A noise whose draws go through ``process.project``, of purposes with a suffix; what the loop hands to solvers."""
 
     def __init__(self, noise: Noise, process: Any, mask: Tensor | None, fixed: Tensor | None, suffix: str = "") -> None:
         self.noise, self.process, self.mask, self.fixed, self.suffix = noise, process, mask, fixed, suffix
@@ -131,8 +119,9 @@ class Projected:
         return self.process.project(z, self.mask, self.fixed)
 
     def again(self, suffix: str) -> Projected:
-        """The same items with fresh draws, for an interval that is gone through once more."""
-        return Projected(self.noise, self.process, self.mask, self.fixed, f"{self.suffix}/{suffix}")
+        """Fresh draws for the same items, for an interval that is gone through once more; the same ones without suffix."""
+        suffix = self.suffix + (suffix and f"/{suffix}")
+        return Projected(self.noise, self.process, self.mask, self.fixed, suffix)
 
 
 def as_noise(

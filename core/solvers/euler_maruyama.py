@@ -53,11 +53,7 @@ class EulerMaruyama(Solver):
     def __post_init__(self) -> None:
         if not callable(self.level):
             self._level(0.0)
-
-    @property
-    def stochastic(self) -> bool:  # type: ignore[override]
-        """Whether the level is positive."""
-        return callable(self.level) or self.level > 0
+        object.__setattr__(self, "stochastic", bool(self.level))
 
     def _level(self, log_snr: float) -> float:
         level = float(self.level(log_snr) if callable(self.level) else self.level)

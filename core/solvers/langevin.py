@@ -1,8 +1,4 @@
-r"""Langevin steps at a fixed noise level, after the intervals of another solver or alone.
-
-At time t, :math:`x \leftarrow x + e\,s(x, t) + \sqrt{2e}\,z` keeps the marginal of t, but for an error of the order of
-:math:`e/\sigma_t^2`, and draws states towards it that a solver has left beside it.
-"""
+"""Langevin steps at a fixed noise level, after the intervals of another solver or alone."""
 
 from __future__ import annotations
 
@@ -30,9 +26,12 @@ class _Step(NamedTuple):
 class PredictorCorrector(Solver):
     r"""A solver whose every interval is followed by Langevin steps at its end; without a solver, annealed Langevin.
 
-    Their size is :math:`e = 2a\,(r\,|z|/|s|)^2` where ``snr`` = r is given, with norms of each item over its generated
-    elements and :math:`a = (\alpha_t/\alpha_s)^2` of the interval that comes next (1 where alpha is constant), or
-    :math:`e = q\,\sigma^2` where ``size`` = q is given. Norms of a handful of numbers vary widely: prefer ``size`` there.
+    .. math:: x \leftarrow x + e\,s(x, t) + \sqrt{2e}\,z
+
+    keeps the marginal of t but for an error of the order of :math:`e/\sigma_t^2`. Where ``snr`` = r is given
+    :math:`e = 2a\,(r\,|z|/|s|)^2`, with norms of each item over its generated elements and :math:`a = (\alpha_t/\alpha_s)^2`
+    of the interval [s, t] that comes next; where ``size`` = q is given :math:`e = q\,\sigma_t^2`. Norms of a handful of
+    numbers vary widely: prefer ``size`` there.
 
     Without a predictor an interval multiplies x by :math:`\alpha_s/\alpha_t`, which keeps x/alpha and calls nothing. The
     first level gets no Langevin steps, for x_T is a draw from it, and neither does x0_hat.
@@ -58,14 +57,14 @@ class PredictorCorrector(Solver):
     stochastic = True
 
     def __post_init__(self) -> None:
-        if self.corrections < 1:
-            raise ConfigError(f"corrections = {self.corrections} must be at least 1")
+        if not isinstance(self.corrections, int) or self.corrections < 1:
+            raise ConfigError(f"corrections = {self.corrections} must be a whole number of at least 1")
         if (self.snr is None) == (self.size is None):
             raise ConfigError("Langevin steps need exactly one of snr and size")
         value, below = (self.snr, math.inf) if self.size is None else (self.size, 2)
         if value is None or not 0 < value < below:
             name = "snr" if self.size is None else "size"
-            raise ConfigError(f"{name} = {value} must lie between 0 and {below}, where Langevin steps diverge")
+            raise ConfigError(f"{name} = {value} must be above 0 and below {below}, from where on the steps diverge")
         stages = self.predictor.stages if self.predictor else 0
         object.__setattr__(self, "order", self._solver.order)
         object.__setattr__(self, "stages", None if stages is None else stages + self.corrections)
@@ -84,9 +83,9 @@ class PredictorCorrector(Solver):
         inner = one_way(self, self._solver, process, grid)
         points, steps = inner.points, []
         for k, own in enumerate(inner.steps):
-            start, end, following = points[k], points[k + 1], points[min(k + 1, len(inner) - 1) :]
+            start, end, i = points[k], points[k + 1], min(k + 1, len(inner) - 1)
             scale = None if self.predictor or is_end(start, end) else end.alpha / start.alpha
-            size = 2 * ((self.snr or 0.0) * following[0].alpha / following[1].alpha) ** 2
+            size = 2 * ((self.snr or 0.0) * points[i].alpha / points[i + 1].alpha) ** 2
             size = self.size * end.sigma**2 if self.size else size
             steps.append(_Step(inner, own, scale, None if is_end(end, end) else size))
         return Plan(process, points, tuple(steps))

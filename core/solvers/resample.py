@@ -24,11 +24,10 @@ class _Step(NamedTuple):
 class Resample(Solver):
     r"""Another solver that goes back up by the forward process and repeats parts of its way down.
 
-    Without a window every stretch of ``jump`` intervals between two noisy points of the grid, counted from the least noisy
-    one, is gone through ``repeats`` more times (RePaint). With a window it is the stretch from ``low`` to ``high`` alone,
-    cut into ``jump`` intervals uniform in (sigma/alpha)^(1/7) (restart sampling); its lower end is the point of the grid
-    nearest to ``low``. Each pass has fresh noise and starts the solver anew, without memory; churn is shared out over the
-    intervals from there to the end.
+    Without a window every stretch of ``jump`` intervals between noisy points of the grid, counted from the least noisy one,
+    is gone through ``repeats`` more times (RePaint). With a window that is the stretch from ``high`` to the point of the
+    grid nearest to ``low``, cut into ``jump`` intervals uniform in (sigma/alpha)^(1/7) (restart sampling). Each pass has
+    fresh noise and starts the solver without memory; churn is shared out over the intervals from there to the end.
 
     Args:
         solver: the solver of every pass.
@@ -37,8 +36,8 @@ class Resample(Solver):
         low, high: the window, in sigma/alpha.
 
     Raises:
-        ConfigError: repeats < 0, jump < 1, a window without 0 < low < high < infinity; when a plan is made: no stretch of
-            that length, or no noisy point of the grid below ``high``.
+        ConfigError: repeats < 0, jump < 1, not 0 < low < high < infinity; when a plan is made: a grid that has no such
+            stretch, or a solver that goes up itself.
 
     Source: Lugmayr 2022 (RePaint), algorithm 1 and section 4.2; Xu 2023 (restart sampling), algorithm 2.
     """
@@ -50,8 +49,10 @@ class Resample(Solver):
     high: float | None = None
 
     def __post_init__(self) -> None:
-        if self.repeats < 0 or self.jump < 1:
-            raise ConfigError(f"repeats = {self.repeats} and jump = {self.jump}: at least 0 and 1 are needed")
+        if not all(isinstance(v, int) for v in (self.repeats, self.jump)) or self.repeats < 0 or self.jump < 1:
+            raise ConfigError(
+                f"repeats = {self.repeats}, jump = {self.jump}: whole numbers from 0 and from 1 are needed"
+            )
         if (self.low, self.high) != (None, None) and not 0 < (self.low or 0.0) < (self.high or 0.0) < math.inf:
             raise ConfigError(f"window ({self.low}, {self.high}) must be 0 < low < high, finite, in sigma/alpha")
         for name in ("order", "stages", "needs"):
@@ -64,27 +65,22 @@ class Resample(Solver):
 
     def make_plan(self, process: Any, grid: Grid) -> Plan:
         """All passes one after the other; ``points[k]`` is where step k starts, after it has gone up if it does."""
+        times, here, ways = grid.times, 0, []
+        for low, above in self._stretches(process, times) if self.repeats else ():
+            ways += [(times[here:], low - here), *[((*above, *times[low:]), self.jump)] * self.repeats]
+            here = low
+        if here < grid.steps:
+            ways.append((times[here:], grid.steps - here))
         points: list[Point] = []
         steps: list[_Step] = []
-        for number, (way, taken) in enumerate(self._passes(process, grid)):
-            inner = one_way(self, self.solver, process, way)
+        for number, (way, taken) in enumerate(ways):
+            inner = one_way(self, self.solver, process, Grid(way, grid.final))
             below = points.pop() if points else inner.points[0]
             steps += [_Step(inner, k, f"pass-{number}" if number else "", None) for k in range(taken)]
             if below.time < inner.points[0].time:
                 steps[-taken] = steps[-taken]._replace(below=below)
             points += inner.points[: taken + 1]
         return Plan(process, tuple(points), tuple(steps))
-
-    def _passes(self, process: Any, grid: Grid) -> list[tuple[Grid, int]]:
-        """For each pass the way from its start to the end, and how many intervals of it the pass takes."""
-        passes, here = [], 0
-        for low, above in self._stretches(process, grid.times) if self.repeats else ():
-            passes.append((Grid(grid.times[here:], grid.final), low - here))
-            passes += [(Grid((*above, *grid.times[low:]), grid.final), self.jump)] * self.repeats
-            here = low
-        if here < grid.steps:
-            passes.append((Grid(grid.times[here:], grid.final), grid.steps - here))
-        return passes
 
     def _stretches(self, process: Any, times: tuple[float, ...]) -> list[tuple[int, tuple[float, ...]]]:
         """Index of the lower end of each stretch, and the times of the stretch above it."""
@@ -105,8 +101,7 @@ class Resample(Solver):
     def step(self, state: State, k: int, plan: Plan, denoise: Denoise, noise: Any) -> State:
         """Go up where a pass starts above the end of the last one; then one step of the solver."""
         now: _Step = plan.steps[k]
-        if now.again:
-            noise = noise.again(now.again)
+        noise = noise.again(now.again)
         if now.k == 0:
             x = state.x
             if now.below is not None:
@@ -117,14 +112,9 @@ class Resample(Solver):
 
 
 def one_way(outer: Solver, solver: Solver, process: Any, grid: Grid) -> Plan:
-    """The plan of a solver inside another one.
-
-    Raises:
-        ConfigError: it does not go through each interval of the grid once.
-    """
+    """The plan of a solver inside another one; a ConfigError unless it goes through each interval of the grid once."""
     plan = solver.plan(process, grid)
     if len(plan) != grid.steps:
-        raise ConfigError(
-            f"{type(solver).__name__} goes up again, so it cannot be inside {type(outer).__name__}: put it around that"
-        )
+        name = type(solver).__name__
+        raise ConfigError(f"{name} goes up again, so it stands around {type(outer).__name__} and not inside")
     return plan

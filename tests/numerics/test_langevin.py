@@ -178,6 +178,7 @@ def test_norms_are_those_of_an_item_over_its_valid_elements():
     [
         (lambda: PredictorCorrector(Multistep(1), 0, snr=0.1), "corrections"),
         (lambda: PredictorCorrector(Multistep(1), -1, snr=0.1), "corrections"),
+        (lambda: PredictorCorrector(Multistep(1), 1.5, snr=0.1), "corrections"),
         (lambda: PredictorCorrector(Multistep(1)), "exactly one"),
         (lambda: PredictorCorrector(Multistep(1), snr=0.1, size=0.1), "exactly one"),
         (lambda: PredictorCorrector(Multistep(1), snr=0.0), "snr"),

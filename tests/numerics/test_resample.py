@@ -224,6 +224,7 @@ def test_going_up_leaves_padding_fixed_elements_and_the_mean_alone():
     [
         (lambda: Resample(Multistep(1), -1), "repeats"),
         (lambda: Resample(Multistep(1), 1, 0), "jump"),
+        (lambda: Resample(Multistep(1), 0.5, 2), "repeats"),
         (lambda: Resample(Multistep(1), low=0.1), "window"),
         (lambda: Resample(Multistep(1), high=0.1), "window"),
         (lambda: Resample(Multistep(1), low=0.3, high=0.1), "window"),
