@@ -118,14 +118,14 @@ class MMPS(Posterior):
     Args:
         y, operator, mask: see ``Posterior``.
         sigma_y: standard deviation of the noise in y.
-        iterations: most iterations of ``solve``; each is one backward pass through the network.
+        iterations: most iterations of ``solve``, each one backward pass through the network.
         tolerance: residual, relative to r, at which an item is solved.
 
     Source: Rozet 2024, section 4.2; conjugate residuals, as a learned network's Jacobian is only about symmetric.
     """
 
     sigma_y: float = 0.0
-    iterations: int = 8
+    iterations: int = 5
     tolerance: float = 1e-4
 
     def weigh(self, residual: Tensor, prediction: Prediction, pull: Linear) -> Tensor:
@@ -167,8 +167,8 @@ class PiGDM(MMPS):
 def solve(apply: Linear, b: Tensor, iterations: int, tolerance: float) -> Tensor:
     """Solve apply(u) = b (b, ...) for each item by itself, lessening its residual along one new direction an iteration.
 
-    ``apply`` is linear, not always symmetric. An item stops at its relative ``tolerance`` and is not touched by what
-    others still need.
+    ``apply`` is linear, not always symmetric. An item stops at its relative ``tolerance``, or where <r, apply(r)> is not
+    positive as a covariance would have it, and is not touched by what others still need.
 
     Source: Eisenstat 1983, section 2 (generalised conjugate residuals).
     """
@@ -180,6 +180,7 @@ def solve(apply: Linear, b: Tensor, iterations: int, tolerance: float) -> Tensor
         if not bool(going.any()):
             break
         direction, image = residual, apply(residual)
+        going = going & (dot(direction, image) > 0)  # a learned covariance can fail to be one
         for other, seen in past:  # images are orthonormal
             along = dot(image, seen)
             direction, image = direction - along * other, image - along * seen

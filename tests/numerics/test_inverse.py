@@ -143,6 +143,16 @@ def test_solve_of_a_singular_problem_leaves_what_cannot_be_met():
     assert bool(torch.isfinite(found).all())
 
 
+def test_solve_leaves_directions_in_which_there_is_no_covariance():
+    """A learned Jacobian can have small negative eigenvalues; following them would make u huge."""
+    scale = torch.tensor([[1.0, 1.0], [1.0, -1e-4], [-1.0, -2.0]], dtype=torch.float64)
+    b = torch.tensor([[2.0, 3.0], [2.0, 0.01], [1.0, 1.0]], dtype=torch.float64)
+    found = solve(lambda u: scale * u, b, 10, 1e-12)
+    torch.testing.assert_close(found[0], b[0])
+    torch.testing.assert_close(found[1], as_time([2.0, 0.01]), rtol=1e-2, atol=1e-2)  # not -100
+    assert torch.equal(found[2], torch.zeros(2, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("kind", [DPS, PiGDM, MMPS])
 def test_guides_work_through_a_network_in_float32(kind):
     denoiser, double = (Denoiser(MLP(4, width=32, blocks=2), gaussian("edm"), "edm", 0.7) for _ in range(2))
