@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from polydiff.core.errors import ConfigError, ScheduleError
-from polydiff.core.grids import GRIDS, Grid, make_grid
+from polydiff.core.grids import GRIDS, Grid, as_grid, make_grid
 from polydiff.core.processes import gaussian
 from polydiff.core.schedules import SCHEDULES
 
@@ -80,6 +80,23 @@ def test_discrete_grids_stay_between_t_max_and_t_min(schedule):
 def test_impossible_times_are_refused(times):
     with pytest.raises(ScheduleError):
         Grid(times)
+
+
+def test_a_grid_can_run_upward_without_a_final_interval():
+    grid = Grid((0.9, 0.5, 0.1), final=True)
+    up = grid.reversed()
+    assert up.times == (0.1, 0.5, 0.9) and up.upward and not up.final and up.steps == 2
+    assert up.reversed() == Grid((0.9, 0.5, 0.1))
+    with pytest.raises(ScheduleError, match="increase"):
+        Grid((0.5, 0.1), upward=True)
+    with pytest.raises(ScheduleError, match="final"):
+        Grid((0.1, 0.5), final=True, upward=True)
+
+
+def test_times_in_any_other_form_are_refused():
+    for times in (torch.tensor(0.5), torch.tensor([[0.5, 0.1]])):
+        with pytest.raises(ScheduleError, match="one row"):
+            as_grid(times, 5, gaussian("vp"))
 
 
 def test_impossible_requests_are_refused():

@@ -12,8 +12,9 @@ from polydiff.core.errors import ConfigError, DivergenceError
 from polydiff.core.guidance import cfg
 from polydiff.core.noise import Noise
 from polydiff.core.processes import GaussianProcess, gaussian
-from polydiff.core.sampling import sample
+from polydiff.core.sampling import encode, sample
 from polydiff.core.schedules import VP
+from polydiff.core.solvers import RungeKutta
 from tests.numerics.exact import Gaussian, Mixture, as_field
 
 
@@ -164,10 +165,78 @@ def test_bad_guidance_is_refused():
             cfg(None, None, scale, interval)
 
 
-def test_non_finite_samples_raise():
-    process = gaussian("vp")
-    with pytest.raises(DivergenceError, match="finite"):
-        sample(lambda x_t, t: x_t * math.nan, process, torch.ones(1, 2), steps=3)
+KINDS = [
+    "ddim",
+    "ddpm",
+    "dpmpp-2m",
+    "dpmpp-2m-sde",
+    "edm",
+    "heun-v",
+    "rk4",
+    "rk45",
+]  # every class, with and without noise
+FAULTS = {
+    "shape": lambda x: x[:, :1],
+    "dtype": lambda x: x.double(),
+    "device": lambda x: x.to("meta"),
+    "str": lambda x: "x0",
+}
+
+
+@pytest.mark.parametrize("solver", KINDS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_a_denoiser_returns_must_be_like_the_state(solver, fault):
+    with pytest.raises(ConfigError, match=f"returned .*{fault}.* at step 1 of 4, t = 1"):
+        sample(lambda x_t, t: FAULTS[fault](x_t), gaussian("vp"), torch.ones(2, 3), solver, steps=4, generator=0)
+    with pytest.raises(ConfigError, match=fault):
+        process = gaussian("vp")
+        sample(
+            lambda x, t: Prediction(process, x, t, v=FAULTS[fault](x)), process, torch.ones(2, 3), solver, generator=0
+        )
+
+
+@pytest.mark.parametrize("solver", KINDS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_traced_to_their_step(solver, bad):
+    """The run is repeated with the same noise, so the step is the one at which it happened; callbacks are not repeated."""
+    process, rows = gaussian("vp"), []
+    grid = [1.0, 0.7, 0.5, 0.3, 0.1]
+
+    def denoise(x_t, t):
+        return torch.where(torch.as_tensor(t).max() <= 0.5, bad * x_t, 0.3 * x_t)
+
+    with pytest.raises(DivergenceError, match=r"not finite at step [23] of 4, t = 0\.(5|3\d*|4\d*)"):
+        sample(
+            denoise, process, torch.ones(2, 3), solver, grid=grid, generator=0, callback=lambda *r: rows.append(r[0])
+        )
+    assert rows == list(range(len(rows)))
+
+
+def test_a_shape_that_changes_on_the_way_is_traced_to_its_step():
+    def denoise(x_t, t):
+        return x_t[:, :2] if t < 0.4 else x_t
+
+    with pytest.raises(ConfigError, match=r"shape \(2, 2\) .*\(2, 3\) at step 3 of 3"):
+        sample(denoise, gaussian("vp"), torch.ones(2, 3), "ddim", grid=[1.0, 0.5, 0.3, 0.1])
+
+
+def test_a_result_that_overflows_although_all_predictions_are_finite_is_said_so():
+    process = gaussian("rectified_flow")
+    large = torch.full((1, 2), 3e38)
+    with pytest.raises(DivergenceError, match="the sample is not finite after 1 steps"):
+        solver = RungeKutta("euler", "velocity")
+        sample(lambda x, t: Prediction(process, x, t, velocity=large), process, -large, solver, grid=[0.9, 0.1])
+
+
+@pytest.mark.parametrize("run", [sample, encode])
+def test_states_to_start_from_are_finite_floating_point_numbers(run):
+    x = torch.ones(3, 2)
+    x[1, 1] = math.nan
+    with pytest.raises(ConfigError, match="item 1 of 3"):
+        run(lambda x_t, t: x_t, gaussian("vp"), x, "ddim")
+    for wrong in (torch.ones(3, 2, dtype=torch.long), torch.tensor(1.0), [1.0]):
+        with pytest.raises(ConfigError, match="floating-point"):
+            run(lambda x_t, t: x_t, gaussian("vp"), wrong, "ddim")
 
 
 def test_solvers_refuse_a_process_they_do_not_support():
