@@ -328,12 +328,15 @@ class Denoiser(nn.Module):
         """Fix mask and conditions: what solvers and guides see is a function of state and time.
 
         A network that declares ``x0_hat`` (self-conditioning) is given its own last prediction, none at first; bind
-        anew for each trajectory.
+        anew for each trajectory. Times by item (b,), as adaptive integration has them, neither use nor leave one: there
+        the prediction must be a function of state and time alone.
         """
         fixed_cond = dict(cond or {})
         remembers = "x0_hat" in self.conditions
 
         def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+            if remembers and t.ndim:
+                return self(x_t, t, mask, {name: value for name, value in fixed_cond.items() if name != "x0_hat"})
             prediction = self(x_t, t, mask, fixed_cond)
             if remembers:
                 fixed_cond["x0_hat"] = prediction.x0.detach()

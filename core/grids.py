@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -167,8 +168,12 @@ def make_grid(
     end = process.t_min if t_end is None else float(t_end)
     if not 0 <= end < start <= 1:
         raise ScheduleError(f"a grid runs down from t_start to t_end within [0, 1]; got {start} and {end}")
-    times = GRIDS[name](process.schedule, int(n) + (not final), start, end)
-    return Grid(tuple(times.tolist()), final)
+    return _named(name, process.schedule, int(n), start, end, final)
+
+
+@functools.lru_cache(maxsize=256)
+def _named(name: str, schedule: Schedule, n: int, start: float, end: float, final: bool) -> Grid:
+    return Grid(tuple(GRIDS[name](schedule, n + (not final), start, end).tolist()), final)
 
 
 def as_grid(grid: str | Grid | Tensor | Sequence[float], steps: int, process: Any) -> Grid:

@@ -209,3 +209,20 @@ def test_self_conditioning_feeds_the_last_prediction_back():
     denoise(x, t)
     assert network.seen[4]["x0_hat"].all()
     torch.testing.assert_close(network.seen[3]["x0_hat"], first.x0)
+
+
+def test_self_conditioning_is_left_out_where_items_have_times_of_their_own():
+    """Adaptive integration and likelihoods need a function of state and time: no memory is used, none is left."""
+    process, seen = gaussian("vp"), []
+
+    class Network(torch.nn.Module):
+        def forward(self, x_t, c_noise, mask, cond, present):
+            seen.append((bool(present["x0_hat"].any()), float(cond["x0_hat"].abs().sum()) > 0))
+            return x_t
+
+    denoiser = Denoiser(Network(), process, "x0", conditions={"x0_hat": Condition("tensor")})
+    denoise = denoiser.bind()
+    x, t = torch.ones(2, 3), torch.tensor(0.5, dtype=torch.float64)
+    for time in (t, t, t.expand(2), t):
+        denoise(x, time)
+    assert seen == [(False, False), (True, True), (False, False), (True, True)]
