@@ -105,6 +105,24 @@ NAMES: dict[str, Entry] = {
     "ab3-eps-log_snr": Entry(
         Multistep(3, "eps"), "Lu 2022 (DPM-Solver), eq. 3.4 with polynomials through the last predictions; ours"
     ),
+    "unipc-eps": Entry(
+        Multistep(2, "eps", corrector="bh1", lower_final=True),
+        "Zhao 2023 (UniPC): UniPC-2 in eps, B1, lowered at the end",
+    ),
+    "unipc-3-final": Entry(
+        Multistep(3, "x0", corrector="bh1", lower_final=True), "Zhao 2023 (UniPC): UniPC-3, B1, lowered at the end"
+    ),
+    "rk38": Entry(RungeKutta("rk38", "velocity"), "Kutta's 3/8 rule in x and t"),
+    "ab3-eps-angle": Entry(Multistep(3, "eps", "angle"), "polynomials in the angle, integrated over sigma/alpha; ours"),
+    "ab4-eps-log_snr": Entry(Multistep(4, "eps"), "as ab3-eps-log_snr with four predictions; ours"),
+    "ab4-x0-log_snr": Entry(
+        Multistep(4, "x0"), "Lu 2022 (DPM-Solver++), eq. 9 with polynomials through the last four predictions; ours"
+    ),
+    "ab4-flow": Entry(Multistep(4, "flow", "flow"), "Adams-Bashforth in sigma/(alpha + sigma); ours"),
+    "ab4-flow-log_snr": Entry(
+        Multistep(4, "flow"), "polynomials in log-SNR, integrated over sigma/(alpha + sigma); ours"
+    ),
+    "abm4-v": Entry(Multistep(4, "v", "angle", corrector="exact"), "Adams-Bashforth-Moulton in the angle; ours"),
     "ab2-x0-angle": Entry(
         Multistep(2, "x0", "angle", lower_final=True), "polynomials in the angle, lowered at the end; ours"
     ),
