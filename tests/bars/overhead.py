@@ -32,7 +32,8 @@ def plan_times(names: list[str], n: int, rounds: int) -> dict[str, float]:
     """Microseconds a step of making a plan that is not cached, by solver."""
     from solver_loops import PROCESS
 
-    grid, taken = make_grid("karras", n, PROCESS), {name: [] for name in names}
+    grid = make_grid("karras", n, PROCESS)
+    taken: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
             base._cached_plan.cache_clear()
