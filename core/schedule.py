@@ -17,18 +17,17 @@ def as_time(t: Tensor | float | Sequence[float]) -> Tensor:
     return torch.as_tensor(t, dtype=torch.float64)
 
 
-def positive(schedule: object, **values: float) -> None:
-    """Refuse parameters of a schedule that are not positive, finite numbers."""
-    for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
-            raise ScheduleError(f"{type(schedule).__name__}: {name} = {value} must be a positive, finite number")
-
-
 class Schedule(ABC):
     """The interface of every schedule; see ``polydiff.core.schedules`` for the symbols."""
 
     t_min: float = 1e-3
     t_max: float = 1.0
+
+    def check_positive(self) -> None:
+        """Refuse parameters that are not positive, finite numbers."""
+        for name, value in vars(self).items():
+            if not 0 < value < math.inf:
+                raise ScheduleError(f"{type(self).__name__}: {name} = {value} must be a positive, finite number")
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:

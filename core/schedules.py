@@ -21,7 +21,7 @@ from torch import Tensor
 
 from polydiff.core.discrete import Discrete
 from polydiff.core.errors import ScheduleError
-from polydiff.core.schedule import Schedule, as_time, positive
+from polydiff.core.schedule import Schedule, as_time
 
 __all__ = [
     "EDM",
@@ -38,14 +38,15 @@ __all__ = [
 ]
 
 
+@dataclass(frozen=True)
 class _LinearBeta(Schedule):
     """What VP and sub-VP share: beta(t) = beta_min + (beta_max - beta_min) t, its integral B(t), alpha = exp(-B/2)."""
 
-    beta_min: float
-    beta_max: float
+    beta_min: float = 0.1
+    beta_max: float = 20.0
 
     def __post_init__(self) -> None:
-        positive(self, beta_min=self.beta_min, beta_max=self.beta_max)
+        self.check_positive()
         if self.beta_max < self.beta_min:
             raise ScheduleError(f"{type(self).__name__}: beta_max {self.beta_max} is below beta_min {self.beta_min}")
 
@@ -53,8 +54,7 @@ class _LinearBeta(Schedule):
         return self.beta_min + (self.beta_max - self.beta_min) * as_time(t)
 
     def integral(self, t: Tensor) -> Tensor:
-        t = as_time(t)
-        return t * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * t)
+        return as_time(t) * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * as_time(t))
 
     def _t_of_integral(self, integral: Tensor) -> Tensor:
         # The root of the quadratic in the form that keeps all digits when B is small.
@@ -71,15 +71,11 @@ class _LinearBeta(Schedule):
         return -0.5 * self.beta(t)
 
 
-@dataclass(frozen=True)
 class VP(_LinearBeta):
     """Variance preserving, the continuous limit of DDPM: sigma = sqrt(1 - exp(-B)), lambda = -log(exp(B) - 1)/2.
 
     Source: Song 2021, eq. 11 and 29.
     """
-
-    beta_min: float = 0.1
-    beta_max: float = 20.0
 
     def sigma(self, t: Tensor) -> Tensor:
         return torch.sqrt(-torch.expm1(-self.integral(t)))
@@ -97,15 +93,11 @@ class VP(_LinearBeta):
         return self.beta(t)
 
 
-@dataclass(frozen=True)
 class SubVP(_LinearBeta):
     """Sub-variance preserving: sigma = 1 - exp(-B), below VP's at the same drift.
 
     Its inverse is B = 2 asinh(exp(-lambda)/2). Source: Song 2021, eq. 12 and 29.
     """
-
-    beta_min: float = 0.1
-    beta_max: float = 20.0
 
     def sigma(self, t: Tensor) -> Tensor:
         return -torch.expm1(-self.integral(t))
@@ -119,20 +111,23 @@ class SubVP(_LinearBeta):
     def t_of_log_snr(self, log_snr: Tensor) -> Tensor:
         return self._t_of_integral(2 * torch.asinh(0.5 * torch.exp(-as_time(log_snr))))
 
-    def g2(self, t: Tensor) -> Tensor:
-        return -self.beta(t) * torch.expm1(-2 * self.integral(t))
-
 
 class _UnitAlpha(Schedule):
     """What VE and EDM share: the data are never scaled down."""
+
+    sigma_min: float
+    sigma_max: float
+
+    def __post_init__(self) -> None:
+        self.check_positive()
+        if self.sigma_max <= self.sigma_min:
+            name = type(self).__name__
+            raise ScheduleError(f"{name}: sigma_max {self.sigma_max} must exceed sigma_min {self.sigma_min}")
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(as_time(t))
 
     def dalpha(self, t: Tensor) -> Tensor:
-        return torch.zeros_like(as_time(t))
-
-    def f(self, t: Tensor) -> Tensor:
         return torch.zeros_like(as_time(t))
 
 
@@ -143,11 +138,6 @@ class VE(_UnitAlpha):
     sigma_min: float = 0.01
     sigma_max: float = 50.0
     t_min = 0.0  # sigma_min is reached at 0
-
-    def __post_init__(self) -> None:
-        positive(self, sigma_min=self.sigma_min, sigma_max=self.sigma_max)
-        if self.sigma_max <= self.sigma_min:
-            raise ScheduleError(f"VE: sigma_max {self.sigma_max} must exceed sigma_min {self.sigma_min}")
 
     @property
     def _log_ratio(self) -> float:
@@ -165,9 +155,6 @@ class VE(_UnitAlpha):
     def t_of_log_snr(self, log_snr: Tensor) -> Tensor:
         return (-math.log(self.sigma_min) - as_time(log_snr)) / self._log_ratio
 
-    def g2(self, t: Tensor) -> Tensor:
-        return 2 * self._log_ratio * self.sigma(t) ** 2
-
 
 @dataclass(frozen=True)
 class EDM(_UnitAlpha):
@@ -178,9 +165,7 @@ class EDM(_UnitAlpha):
     rho: float = 7.0
 
     def __post_init__(self) -> None:
-        positive(self, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
-        if self.sigma_max <= self.sigma_min:
-            raise ScheduleError(f"EDM: sigma_max {self.sigma_max} must exceed sigma_min {self.sigma_min}")
+        super().__post_init__()
         object.__setattr__(self, "t_min", (self.sigma_min / self.sigma_max) ** (1 / self.rho))
 
     def sigma(self, t: Tensor) -> Tensor:
@@ -194,9 +179,6 @@ class EDM(_UnitAlpha):
 
     def t_of_log_snr(self, log_snr: Tensor) -> Tensor:
         return torch.exp(-(as_time(log_snr) + math.log(self.sigma_max)) / self.rho)
-
-    def g2(self, t: Tensor) -> Tensor:
-        return 2 * self.sigma(t) * self.dsigma(t)
 
     def dlog_snr(self, t: Tensor) -> Tensor:
         return -self.rho / as_time(t)
@@ -223,9 +205,6 @@ class Cosine(Schedule):
     def t_of_log_snr(self, log_snr: Tensor) -> Tensor:
         return torch.atan(torch.exp(-as_time(log_snr))) * (2 / math.pi)
 
-    def g2(self, t: Tensor) -> Tensor:
-        return math.pi * self.sigma(t) / self.alpha(t)
-
 
 @dataclass(frozen=True)
 class RectifiedFlow(Schedule):
@@ -247,10 +226,6 @@ class RectifiedFlow(Schedule):
 
     def t_of_log_snr(self, log_snr: Tensor) -> Tensor:
         return torch.sigmoid(-as_time(log_snr))
-
-    def g2(self, t: Tensor) -> Tensor:
-        t = as_time(t)
-        return 2 * t / (1 - t)
 
 
 @dataclass(frozen=True)
