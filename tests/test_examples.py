@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 
-def run(root: Path, name: str, steps: int, folder: Path) -> str:
-    command = [sys.executable, str(root / "examples" / name), str(steps)]
+def run(root: Path, name: str, argument: object, folder: Path, *more: str) -> str:
+    command = [sys.executable, str(root / "examples" / name), str(argument), *more]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
@@ -44,3 +44,12 @@ def test_image_learns_digits(root: Path, tmp_path: Path) -> None:
     samples = [Item(codec.encode(codec.read(path))) for path in sorted((tmp_path / "digits").iterdir())]
     seen = classify(obtain(None, train)[0], stack(samples))
     assert sum(int(label) == k % 10 for k, label in enumerate(seen)) >= 90
+
+
+def test_likelihood_of_held_out_digits_is_better_than_that_of_noise(root: Path, tmp_path: Path) -> None:
+    train = ["experiment=image-digits", "trainer.steps=60", f"run={tmp_path}/run", "trainer.preview_every=1000"]
+    subprocess.run([sys.executable, "-m", "polydiff", "train", *train], check=True, capture_output=True)
+    lines = dict(line.split() for line in run(root, "likelihood.py", f"{tmp_path}/run", tmp_path, "4").splitlines())
+    assert 4 < float(lines["bits_per_dim"]) < 8  # 8 for levels drawn evenly; 4.3 after the whole training
+    assert 20 < int(lines["evaluations"]) < 500
+    assert float(lines["round_trip"]) < 0.01
