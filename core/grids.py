@@ -38,6 +38,7 @@ class Grid:
     def __post_init__(self) -> None:
         times = tuple(float(t) for t in self.times)
         object.__setattr__(self, "times", times)
+        way, sign = ("increase", 1) if self.upward else ("decrease", -1)
         if self.final and self.upward:
             raise ScheduleError("a grid that runs upward, from data to noise, has no final interval")
         if self.steps < 1:
@@ -45,8 +46,7 @@ class Grid:
         for k, t in enumerate(times):
             if not 0 <= t <= 1:
                 raise ScheduleError(f"time {k} of the grid is {t}; times lie in [0, 1], 0 = data and 1 = noise")
-            if k and (t <= times[k - 1] if self.upward else t >= times[k - 1]):
-                way = "increase" if self.upward else "decrease"
+            if k and sign * (t - times[k - 1]) <= 0:
                 raise ScheduleError(f"times must {way} strictly, but time {k} is {t} after {times[k - 1]}")
 
     @property
@@ -59,26 +59,22 @@ class Grid:
         return Grid(self.times[::-1], upward=not self.upward)
 
 
-def _between(start: float, end: float, n: int) -> Tensor:
-    return torch.linspace(start, end, n, dtype=torch.float64)
-
-
 def uniform(schedule: Schedule, n: int, start: float, end: float) -> Tensor:
     """Uniform in t."""
-    return _between(start, end, n)
+    return torch.linspace(start, end, n, dtype=torch.float64)
 
 
 def _through_log_snr(
     schedule: Schedule, n: int, start: float, end: float, of: Callable[[float], float], back: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Uniform in a function of log-SNR; the ends are put in exactly."""
-    ends = [float(schedule.log_snr(as_time(t))) for t in (start, end)]
-    if not all(math.isfinite(value) for value in ends):
+    ends = schedule.log_snr(as_time([start, end])).tolist()
+    if not all(map(math.isfinite, ends)):
         raise ScheduleError(
             f"this grid needs a finite log-SNR at both ends, but it is {ends[0]} at t = {start} and {ends[1]} at "
             f"t = {end}: move t_start or t_end inside (0, 1), or take the uniform grid"
         )
-    t = schedule.t_of_log_snr(back(_between(of(ends[0]), of(ends[1]), n)))
+    t = schedule.t_of_log_snr(back(uniform(schedule, n, of(ends[0]), of(ends[1]))))
     t[0] = start
     if n > 1:
         t[-1] = end
@@ -97,55 +93,44 @@ def karras(schedule: Schedule, n: int, start: float, end: float, rho: float = 7.
     )
 
 
-def _chain_length(schedule: Schedule) -> int:
-    """How many steps a discrete chain has: those of a ``Discrete`` schedule, else 1000."""
-    return getattr(schedule, "length", 1000)
+def _discrete(indices: Callable[[Tensor, int], Tensor], schedule: Schedule, n: int, start: float, end: float) -> Tensor:
+    """Times of n indices of a discrete chain, of 1000 steps unless the schedule is one: 0 at ``end``, the last at ``start``.
+
+    ``indices`` are a function of 0, ..., n - 1 and the length.
+    """
+    length = getattr(schedule, "length", 1000)
+    if n > length:
+        raise ScheduleError(f"steps = {n}: a discrete chain of {length} has no more; take fewer or the uniform grid")
+    return end + indices(torch.arange(n, dtype=torch.float64), length) / (length - 1) * (start - end)
 
 
-def _discrete(indices: Tensor, length: int, start: float, end: float) -> Tensor:
-    """Times of the indices of a discrete chain: 0 stands at ``end`` and length - 1 at ``start``, so VP's at (i + 1)/length."""
-    if len(indices) > length:
-        raise ScheduleError(
-            f"steps = {len(indices)}: a discrete chain of {length} has no more; take fewer or the uniform grid"
-        )
-    return end + indices.to(torch.float64) / (length - 1) * (start - end)
+def ddpm_leading(k: Tensor, length: int) -> Tensor:
+    """Indices ..., 2r, r, 0 of a discrete chain, r = length // n."""
+    return (len(k) - 1 - k) * (length // len(k))
 
 
-def ddpm_leading(schedule: Schedule, n: int, start: float, end: float) -> Tensor:
-    """Indices 0, r, 2r, ... of a discrete chain, r = length // n, evenly spaced in t."""
-    length = _chain_length(schedule)
-    return _discrete(torch.arange(n - 1, -1, -1) * (length // n), length, start, end)
-
-
-def ddpm_trailing(schedule: Schedule, n: int, start: float, end: float) -> Tensor:
+def ddpm_trailing(k: Tensor, length: int) -> Tensor:
     """Indices length - 1, length - 1 - r, ... of a discrete chain, r = length / n, rounded."""
-    length = _chain_length(schedule)
-    return _discrete((length - torch.arange(n, dtype=torch.float64) * (length / n)).round() - 1, length, start, end)
+    return (length - k * (length / len(k))).round() - 1
 
 
-def ddpm_linspace(schedule: Schedule, n: int, start: float, end: float) -> Tensor:
+def ddpm_linspace(k: Tensor, length: int) -> Tensor:
     """Indices of a discrete chain evenly from length - 1 to 0, rounded."""
-    length = _chain_length(schedule)
-    return _discrete(_between(length - 1, 0, n).round(), length, start, end)
+    return torch.linspace(length - 1, 0, len(k), dtype=torch.float64).round()
 
 
 GRIDS: dict[str, Callable[..., Tensor]] = {
     "uniform": uniform,
     "log_snr": log_snr,
     "karras": karras,
-    "ddpm-leading": ddpm_leading,
-    "ddpm-trailing": ddpm_trailing,
-    "ddpm-linspace": ddpm_linspace,
+    "ddpm-leading": functools.partial(_discrete, ddpm_leading),
+    "ddpm-trailing": functools.partial(_discrete, ddpm_trailing),
+    "ddpm-linspace": functools.partial(_discrete, ddpm_linspace),
 }
 
 
 def make_grid(
-    name: str,
-    n: int,
-    process: Any,
-    t_start: float | None = None,
-    t_end: float | None = None,
-    final: bool = True,
+    name: str, n: int, process: Any, t_start: float | None = None, t_end: float | None = None, final: bool = True
 ) -> Grid:
     """Build a named grid of n intervals.
 

@@ -34,13 +34,8 @@ class Noise:
     """
 
     def __init__(self, seed: int, items: Iterable[int], brownian: bool = False, *, mask_axis: int = 1) -> None:
-        self.seed = int(seed)
-        self.items = [int(item) for item in items]
-        self.brownian = brownian
-        self.mask_axis = mask_axis
-
-    def __len__(self) -> int:
-        return len(self.items)
+        self.seed, self.items = int(seed), [int(item) for item in items]
+        self.brownian, self.mask_axis = brownian, mask_axis
 
     def generator(self, row: int, k: int, purpose: str) -> torch.Generator:
         """The CPU generator of draw k for one purpose of the item in a row of the batch."""
@@ -63,10 +58,8 @@ class Noise:
         if like.shape[0] != len(self.items):
             raise ConfigError(f"noise for {len(self.items)} items was asked for a batch of {like.shape[0]}")
         ends = _places(t, s) if self.brownian and t is not None and s is not None else None
-        shape = tuple(like.shape[1:])
-        axis = self.mask_axis % like.ndim - 1
-        out = torch.zeros((len(self.items), *shape))
-        valid = None if mask is None else mask.cpu()
+        shape, axis = tuple(like.shape[1:]), self.mask_axis % like.ndim - 1
+        out, valid = torch.zeros(like.shape), None if mask is None else mask.cpu()
         for row, target in enumerate(out):
             index = None if valid is None else valid[row].nonzero()[:, 0]
             own = shape if index is None else (*shape[:axis], len(index), *shape[axis + 1 :])
