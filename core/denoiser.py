@@ -5,13 +5,12 @@ With :math:`x_t = \alpha x_0 + \sigma\varepsilon` the five fields
 .. math:: x_0,\quad \varepsilon,\quad s = -\varepsilon/\sigma,\quad v = \alpha\varepsilon - \sigma x_0,\quad
           u = \alpha' x_0 + \sigma'\varepsilon
 
-are linear in each other once x_t is known: wanted = a x_t + b given. ``coefficients`` is that table.
+are linear in x_0 and eps (``parts``), hence in each other once x_t is known: wanted = a x_t + b given (``coefficients``).
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from polydiff.core.errors import ConfigError, unknown
 from polydiff.core.schedules import Schedule, as_time
-from polydiff.core.tree import expand, leaves
+from polydiff.core.tree import expand
 
 if TYPE_CHECKING:
     from polydiff.core.adapter import Condition
@@ -39,17 +38,35 @@ def _unless_infinite(value: Tensor) -> Tensor:
     return torch.where(torch.isfinite(value), value, 0.0)
 
 
-def coefficients(schedule: Schedule, t: Tensor, given: str, wanted: str) -> Pair:
-    """Numbers a, b with ``wanted = a x_t + b given``, float64 with the shape of t.
+def parts(schedule: Schedule, t: Tensor, field: str) -> Pair:
+    """Numbers l, r with ``field = l x0 + r eps``, float64 with the shape of t; the score's are 0 where sigma = 0.
 
-    Besides the five fields, ``wanted`` may be ``"flow"`` (eps - x0) or ``"angle"`` (v / hypot(alpha, sigma)), which
-    solvers integrate. Where a conversion has no limit (alpha = 0 or sigma = 0) both numbers are 0.
+    Besides the five fields, solvers integrate ``"flow"`` (eps - x0) and ``"angle"`` (v / hypot(alpha, sigma)).
+    """
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    if field == "velocity":
+        return schedule.dalpha(t), schedule.dsigma(t)
+    if field == "angle":
+        c = torch.hypot(alpha, sigma)
+        return -sigma / c, alpha / c
+    if field == "score":
+        return zero, _over(-one, sigma)
+    table = {"x0": (one, zero), "eps": (zero, one), "v": (-sigma, alpha), "flow": (-one, one)}
+    if field not in table:
+        raise unknown("field", field, (*FIELDS, "flow", "angle"))
+    return table[field]
+
+
+def coefficients(schedule: Schedule, t: Tensor, given: str, wanted: str) -> Pair:
+    """Numbers a, b with ``wanted = a x_t + b given``, float64 with the shape of t; ``wanted`` is one of ``parts``.
+
+    Where a conversion has no limit (alpha = 0 or sigma = 0) both are 0.
     """
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
     if given == wanted:
         return zero, one
-    norm2 = alpha**2 + sigma**2
     # x0 = x[0] x_t + x[1] given and likewise eps
     if given == "x0":
         x, eps = (zero, one), (_over(one, sigma), _over(-alpha, sigma))
@@ -57,34 +74,16 @@ def coefficients(schedule: Schedule, t: Tensor, given: str, wanted: str) -> Pair
         x, eps = (_over(one, alpha), _over(-sigma, alpha)), (zero, one)
     elif given == "score":
         x, eps = (_over(one, alpha), _over(sigma**2, alpha)), (zero, -sigma)
-    elif given == "v":
-        x, eps = (alpha / norm2, -sigma / norm2), (sigma / norm2, alpha / norm2)
-    else:
-        dalpha, dsigma = schedule.dalpha(t), schedule.dsigma(t)
-        wronskian = dalpha * sigma - alpha * dsigma
+    else:  # solve x_t = alpha x0 + sigma eps, given = l x0 + r eps
+        l, r = parts(schedule, t, given)
+        d = alpha * r - sigma * l
         # at sigma = 0 sigma' may be 0 or infinite, but x_t = alpha x0 there whatever it is
-        x = (torch.where(sigma == 0, _over(one, alpha), _over(-dsigma, wronskian)), _over(sigma, wronskian))
-        eps = (_over(dalpha, wronskian), _over(-alpha, wronskian))
-    if wanted == "x0":
-        return x
-    if wanted == "eps":
-        return eps
-    if wanted == "score":
-        left, right = zero, _over(-one, sigma)
-    elif wanted == "v":
-        left, right = -sigma, alpha
-    elif wanted == "velocity":
-        left, right = schedule.dalpha(t), schedule.dsigma(t)
-    elif wanted == "flow":
-        left, right = -one, one
-    elif wanted == "angle":
-        left, right = -sigma / norm2.sqrt(), alpha / norm2.sqrt()
-    else:
-        raise unknown("field", wanted, (*FIELDS, "flow", "angle"))
-    return (
-        _unless_infinite(left * x[0] + right * eps[0]),
-        _unless_infinite(left * x[1] + right * eps[1]),
-    )
+        x = (torch.where(sigma == 0, _over(one, alpha), _over(r, d)), _over(-sigma, d))
+        eps = (_over(-l, d), _over(alpha, d))
+    if wanted in ("x0", "eps"):
+        return x if wanted == "x0" else eps
+    left, right = parts(schedule, t, wanted)
+    return _unless_infinite(left * x[0] + right * eps[0]), _unless_infinite(left * x[1] + right * eps[1])
 
 
 @functools.lru_cache(maxsize=8192)
@@ -98,8 +97,7 @@ class Prediction:
 
     Args:
         process: a Gaussian process; its schedule gives the conversions.
-        x_t: the state (b, *dims).
-        t: its time, float64, () or (b,).
+        x_t, t: the state (b, *dims) and its time, float64, () or (b,).
         x0, eps, score, v, velocity: exactly one of them, shaped like ``x_t``.
         fraction: what the second head of a network says of the reverse variance, shaped like ``x_t``; 0 stands for its
             lower choice and 1 for its upper one, see ``polydiff.core.variational``. None without such a head.
@@ -119,7 +117,7 @@ class Prediction:
         ((self.given, self.value),) = field.items()
 
     def field(self, wanted: str) -> Tensor:
-        """Any field by name; also ``"flow"`` and ``"angle"``, see ``coefficients``."""
+        """Any field by name; also ``"flow"`` and ``"angle"``, see ``parts``."""
         if wanted == self.given:
             return self.value
         schedule = self.process.schedule
@@ -143,8 +141,9 @@ class Prediction:
     def detach(self) -> Prediction:
         """The same numbers without their gradient."""
         fraction = None if self._fraction is None else self._fraction.detach()
-        value = {self.given: self.value.detach()}
-        return Prediction(self.process, self.x_t.detach(), self.t, fraction=fraction, **value)
+        return Prediction(
+            self.process, self.x_t.detach(), self.t, fraction=fraction, **{self.given: self.value.detach()}
+        )
 
     @property
     def fraction(self) -> Tensor:
@@ -171,20 +170,6 @@ def as_prediction(process: GaussianProcess, x_t: Tensor, t: Tensor, output: Pred
     return output if isinstance(output, Prediction) else Prediction(process, x_t, t, x0=output)
 
 
-def _rms(field: str, schedule: Schedule, t: Tensor, sigma_data: float) -> Tensor:
-    """Root mean square of a field for data of standard deviation sigma_data: what c_out is, so targets have unit size."""
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    if field == "x0":
-        return torch.full_like(alpha, sigma_data)
-    if field == "eps":
-        return torch.ones_like(alpha)
-    if field == "score":
-        return _over(torch.ones_like(sigma), sigma)
-    if field == "v":
-        return torch.hypot(alpha, sigma * sigma_data)
-    return _unless_infinite(torch.hypot(schedule.dalpha(t) * sigma_data, schedule.dsigma(t)))
-
-
 PRECONDITIONS = ("edm", *FIELDS)
 
 
@@ -204,7 +189,9 @@ def preconditioning(
     c_noise = (-0.25 * schedule.log_snr(t)).clamp(-5, 5)
     if name == "edm":
         return alpha * sigma_data**2 / size**2, sigma * sigma_data / size, 1 / size, c_noise
-    return torch.zeros_like(alpha), _rms(name, schedule, t, sigma_data), 1 / size, c_noise
+    of_x0, of_eps = parts(schedule, t, name)
+    c_out = _unless_infinite(torch.hypot(of_x0 * sigma_data, of_eps))
+    return torch.zeros_like(alpha), c_out, 1 / size, c_noise
 
 
 @functools.lru_cache(maxsize=8192)
@@ -253,11 +240,8 @@ class Denoiser(nn.Module):
             raise unknown("precondition", precondition, PRECONDITIONS)
         if not sigma_data > 0:
             raise ConfigError(f"sigma_data = {sigma_data} must be positive: the data set seems to be constant")
-        self.network = network
-        self.process = process
-        self.precondition = precondition
-        self.sigma_data = float(sigma_data)
-        self.conditions = dict(conditions or {})
+        self.network, self.process, self.precondition = network, process, precondition
+        self.sigma_data, self.conditions = float(sigma_data), dict(conditions or {})
 
     def forward(
         self,
@@ -281,12 +265,11 @@ class Denoiser(nn.Module):
         t = as_time(t)
         c_skip, c_out, c_in, c_noise = self._coefficients(t, x_t)
         cond, present = self._complete(cond or {}, present or {}, x_t)
-        output = self.network(c_in * x_t, c_noise, mask, cond, present).to(x_t.dtype)
-        output, fraction = _heads(output, x_t)
-        output = self.process.project(output, mask, cond.get("fixed"))
+        output, fraction = _heads(self.network(c_in * x_t, c_noise, mask, cond, present).to(x_t.dtype), x_t)
+        output = c_out * self.process.project(output, mask, cond.get("fixed"))
         if self.precondition == "edm":
-            return Prediction(self.process, x_t, t, fraction=fraction, x0=c_skip * x_t + c_out * output)
-        return Prediction(self.process, x_t, t, fraction=fraction, **{self.precondition: c_out * output})
+            return Prediction(self.process, x_t, t, fraction=fraction, x0=c_skip * x_t + output)
+        return Prediction(self.process, x_t, t, fraction=fraction, **{self.precondition: output})
 
     def _coefficients(self, t: Tensor, x_t: Tensor) -> tuple[Any, Any, Any, Tensor]:
         """c_skip, c_out and c_in as factors of x_t, and c_noise (b,)."""
@@ -313,33 +296,27 @@ class Denoiser(nn.Module):
                 there[name] = present[name]
             else:
                 there[name] = torch.zeros(b, dtype=torch.bool, device=device)
-            if name in cond:
-                full[name] = cond[name]
-            else:
-                shape, dtype = condition.shape_in(x_t.shape[1:]), condition.dtype
-                if name == "x0_hat":
-                    shape, dtype = tuple(x_t.shape[1:]), x_t.dtype
-                elif name == "fixed":
-                    shape, dtype = (x_t.shape[self.process.mask_axis],), torch.bool
-                full[name] = torch.zeros((b, *shape), dtype=dtype, device=device)
+            shape, dtype = condition.shape_in(x_t.shape[1:]), condition.dtype
+            if name == "x0_hat":
+                shape, dtype = tuple(x_t.shape[1:]), x_t.dtype
+            elif name == "fixed":
+                shape, dtype = (x_t.shape[self.process.mask_axis],), torch.bool
+            full[name] = cond[name] if name in cond else torch.zeros((b, *shape), dtype=dtype, device=device)
         return full, there
 
     def bind(self, mask: Tensor | None = None, cond: Mapping[str, Tensor] | None = None) -> Denoise:
         """Fix mask and conditions: what solvers and guides see is a function of state and time.
 
         A network that declares ``x0_hat`` (self-conditioning) is given its own last prediction, none at first; bind
-        anew for each trajectory. Times by item (b,), as adaptive integration has them, neither use nor leave one: there
-        the prediction must be a function of state and time alone.
+        anew for each trajectory. Times by item (b,), as ``encode`` and adaptive integration have them, neither use nor
+        leave one: there the prediction must be a function of state and time alone.
         """
-        fixed_cond = dict(cond or {})
-        remembers = "x0_hat" in self.conditions
+        given, memory = dict(cond or {}), dict[str, Tensor]()
 
         def denoise(x_t: Tensor, t: Tensor) -> Prediction:
-            if remembers and t.ndim:
-                return self(x_t, t, mask, {name: value for name, value in fixed_cond.items() if name != "x0_hat"})
-            prediction = self(x_t, t, mask, fixed_cond)
-            if remembers:
-                fixed_cond["x0_hat"] = prediction.x0.detach()
+            prediction = self(x_t, t, mask, given if t.ndim else {**given, **memory})
+            if "x0_hat" in self.conditions and not t.ndim:
+                memory["x0_hat"] = prediction.x0.detach()
             return prediction
 
         return denoise
@@ -348,9 +325,3 @@ class Denoiser(nn.Module):
 def parameter_count(module: nn.Module) -> int:
     """Number of trainable scalars."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
-def finite(state: Any) -> bool:
-    """Whether every number of a state is finite."""
-    # a finite sum has finite terms, and costs a third; finite terms may overflow it
-    return all(math.isfinite(leaf.sum()) or bool(torch.isfinite(leaf).all()) for leaf in leaves(state))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from polydiff.core.denoiser import Prediction, coefficients
+from polydiff.core.denoiser import Prediction, coefficients, parts
 from polydiff.core.errors import ConfigError, unknown
 from polydiff.core.schedules import Schedule, as_time
 from polydiff.core.tree import expand
@@ -201,7 +201,8 @@ class Objective:
         schedule, given = self.process.schedule, prediction.given
         slope = coefficients(schedule, t, given, "x0")[1]
         scale = (self.weight(t) * slope**2).to(device=x0.device, dtype=x0.dtype)
-        error = self.process.mean((prediction.value - _target(schedule, t, given, x0, z)) ** 2, mask, fixed)
+        of_x0, of_eps = (expand(part, x0) for part in parts(schedule, t, given))
+        error = self.process.mean((prediction.value - (of_x0 * x0 + of_eps * z)) ** 2, mask, fixed)
         out = {"loss": scale * error, "t": t}
         for name, (function, factor) in self.terms.items():
             out[name] = function(prediction, x0, t, mask, cond)
@@ -222,16 +223,3 @@ class Objective:
     ) -> Tensor:
         assert self.bound is not None
         return self.process.mean(self.bound(prediction, x0), mask, cond.get("fixed"))
-
-
-def _target(schedule: Schedule, t: Tensor, given: str, x0: Tensor, z: Tensor) -> Tensor:
-    """The true value of a field, from x0 and the noise itself, where nothing cancels."""
-    if given == "x0":
-        return x0
-    if given == "eps":
-        return z
-    if given == "score":
-        return -z / expand(schedule.sigma(t), z)
-    if given == "v":
-        return expand(schedule.alpha(t), z) * z - expand(schedule.sigma(t), x0) * x0
-    return expand(schedule.dalpha(t), x0) * x0 + expand(schedule.dsigma(t), z) * z

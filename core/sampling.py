@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polydiff.core.denoiser import Denoise, Prediction, as_prediction, finite
+from polydiff.core.denoiser import Denoise, Prediction, as_prediction
 from polydiff.core.errors import ConfigError, DivergenceError
 from polydiff.core.grids import Grid, as_grid, make_grid
 from polydiff.core.noise import Noise, Projected, as_noise
 from polydiff.core.solvers import Solver, resolve
-from polydiff.core.tree import batch_size, leaves, tree_map
+from polydiff.core.tree import batch_size, finite, leaves, tree_map
 
 Callback = Callable[[int, Tensor, Any, Any], None]
 
@@ -30,9 +30,7 @@ class Counter:
         return self.denoise(x_t, t)
 
 
-def count(denoise: Denoise) -> Counter:
-    """Wrap a Denoise so that its ``calls`` tell how many function evaluations a solver made."""
-    return Counter(denoise)
+count = Counter  # count(denoise).calls are a solver's function evaluations
 
 
 @torch.no_grad()
@@ -70,9 +68,8 @@ def sample(
             that returns anything but a tensor like the state. ScheduleError: a grid that does not decrease or starts
             where the denoiser says nothing. DivergenceError: the denoiser or the result is not finite.
     """
-    return _drive(
-        denoise, process, x_T, resolve(solver), as_grid(grid, steps, process), mask, fixed, generator, callback
-    )
+    levels = as_grid(grid, steps, process)
+    return _drive(denoise, process, x_T, resolve(solver), levels, mask, fixed, generator, callback)
 
 
 @torch.no_grad()
@@ -103,7 +100,11 @@ def encode(
     if method.stochastic:
         raise ConfigError(f"encode needs a solver without noise, not {solver}: take rk45, ddim or heun")
     down = make_grid(grid, steps, process, final=False) if isinstance(grid, str) else as_grid(grid, steps, process)
-    return _drive(denoise, process, x0, method, down.reversed(), mask, None, 0, None)
+
+    def alone(x_t: Any, t: Tensor) -> Any:
+        return denoise(x_t, t.expand(batch_size(x_t)))  # times by item: a Denoise then uses nothing of earlier calls
+
+    return _drive(alone, process, x0, method, down.reversed(), mask)
 
 
 def _drive(
@@ -112,23 +113,28 @@ def _drive(
     x: Any,
     method: Solver,
     grid: Grid,
-    mask: Tensor | None,
-    fixed: Tensor | None,
-    generator: Any,
-    callback: Callback | None,
+    mask: Tensor | None = None,
+    fixed: Tensor | None = None,
+    generator: Any = 0,
+    callback: Callback | None = None,
 ) -> Any:
     """Run a solver over a grid. Only the first step's predictions are looked at; a run that fails is repeated with all."""
     check_state(x)
     plan = method.plan(process, grid)
     noise = Projected(as_noise(generator, batch_size(x), getattr(process, "mask_axis", 1)), process, mask, fixed)
-    hold = _holder(process, x, fixed)
-    last: list[Any] = []
-    place = [0]
+    k, last = 0, None
+
+    def hold(state: Any) -> Any:
+        """Put fixed elements back to their value at the start."""
+        if fixed is None:
+            return state
+        return tree_map(lambda new, old: torch.where(process.valid(new, fixed).bool(), old, new), state, x)
 
     def guarded(x_t: Any, t: Tensor) -> Any:
+        nonlocal last
         prediction = denoise(hold(x_t), t)
         if callback is not None:
-            last[:] = [as_prediction(process, x_t, t, prediction).x0]
+            last = as_prediction(process, x_t, t, prediction).x0
         return prediction
 
     call = denoise if fixed is None and callback is None else guarded
@@ -136,19 +142,19 @@ def _drive(
     def run(strict: bool) -> Any:
         def checked(x_t: Any, t: Tensor) -> Any:
             output = call(x_t, t)
-            time = float(t) if t.ndim == 0 else float(t[0])
-            check_output(output, x_t, f"at step {place[0] + 1} of {len(plan)}, t = {time:.6g}", numbers=strict)
+            place = f"at step {k + 1} of {len(plan)}, t = {float(t.flatten()[0]):.6g}"
+            check_output(output, x_t, place, numbers=strict)
             return output
 
+        nonlocal k
         state = method.init(x, plan)
         use: Denoise = checked
         for k in range(len(plan)):
-            place[0] = k
             state = method.step(state, k, plan, use, noise)
             if not strict:
                 use = call
                 if callback is not None:
-                    callback(k, plan.points[k].t, hold(state.x), hold(last[0]))
+                    callback(k, plan.points[k].t, hold(state.x), hold(last))
         return hold(state.x)
 
     try:
@@ -184,26 +190,13 @@ def check_output(output: Any, x_t: Any, place: str, numbers: bool = True) -> Non
     if isinstance(value, dict) != isinstance(x_t, dict) or not all(isinstance(leaf, Tensor) for leaf in leaves(value)):
         raise ConfigError(f"the denoiser returned a {type(value).__name__} {place}: a Prediction or a tensor is needed")
     for got, like in zip(leaves(value), leaves(x_t), strict=True):
-        for name, ours, needed in (
-            ("shape", tuple(got.shape), tuple(like.shape)),
-            ("dtype", got.dtype, like.dtype),
-            ("device", got.device, like.device),
-        ):
+        for name in ("shape", "dtype", "device"):
+            ours, needed = getattr(got, name), getattr(like, name)
             if ours != needed:
+                ours, needed = (tuple(v) if name == "shape" else v for v in (ours, needed))
                 raise ConfigError(f"the denoiser returned {name} {ours} for a state of {name} {needed} {place}")
     if numbers and not finite(value):
         raise DivergenceError(
             f"the denoiser returned numbers that are not finite {place}: try more steps, another grid or less guidance, "
             "or see whether its training diverged"
         )
-
-
-def _holder(process: Any, reference: Any, fixed: Tensor | None) -> Callable[[Any], Any]:
-    """A function that puts the fixed elements of a state back to their value in the reference."""
-    if fixed is None:
-        return lambda x: x
-
-    def hold(leaf: Tensor, original: Tensor) -> Tensor:
-        return torch.where(process.valid(leaf, fixed).bool(), original, leaf)
-
-    return lambda x: tree_map(hold, x, reference)

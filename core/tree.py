@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,12 @@ def leaves(state: State) -> list[Tensor]:
 def batch_size(state: State) -> int:
     """Length of the leading axis, shared by all leaves."""
     return leaves(state)[0].shape[0]
+
+
+def finite(state: State) -> bool:
+    """Whether every number of a state is finite."""
+    # a finite sum has finite terms, and costs a third; finite terms may overflow it
+    return all(math.isfinite(leaf.detach().sum()) or bool(torch.isfinite(leaf).all()) for leaf in leaves(state))
 
 
 def take(state: State, index: Any) -> State:

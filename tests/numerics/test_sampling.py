@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from polydiff.core.denoiser import Prediction
+from polydiff.core.adapter import Condition
+from polydiff.core.denoiser import Denoiser, Prediction
 from polydiff.core.errors import ConfigError, DivergenceError
 from polydiff.core.guidance import cfg
 from polydiff.core.noise import Noise
@@ -260,3 +261,21 @@ def test_refining_converges_to_the_data_distribution():
     out = sample(data.x0_hat, data.process, x, "dpmpp-2m", steps=50, grid="log_snr", generator=noise)[0]
     assert float((out.mean(0) - data.mean).abs().max()) < 0.08
     assert float((out.std(0) / data.std - 1).abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("solver", ["ddim", "heun", "unipc"])
+def test_encoding_uses_no_memory_of_earlier_calls(solver):
+    """A network that is given its last prediction would make the way up another flow than the way down."""
+    given = []
+
+    class Remembers(torch.nn.Module):
+        def forward(self, x_t, c_noise, mask, cond, present):
+            given.append(bool(present["x0_hat"].any()) or bool(cond["x0_hat"].any()))
+            return 0.1 * x_t + cond["x0_hat"]
+
+    denoiser = Denoiser(Remembers(), gaussian("vp"), conditions={"x0_hat": Condition("tensor")})
+    encode(denoiser.bind(), denoiser.process, torch.ones(2, 3), solver, steps=4)
+    assert len(given) >= 4 and not any(given)
+    given.clear()
+    sample(denoiser.bind(), denoiser.process, torch.ones(2, 3), solver, steps=4)
+    assert given == [False] + [True] * (len(given) - 1)
