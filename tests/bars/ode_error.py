@@ -41,7 +41,7 @@ PATHS = ("vp", "edm", "rectified_flow")
 SIZES = {2: 256, 64: 128}  # dimensions -> states
 DEFAULTS = {
     "vp": ("abm4-flow-t", "log_snr"),
-    "edm": ("ab4-v-t", "karras"),
+    "edm": ("abm4-flow-t", "karras"),
     "rectified_flow": ("abm3-v", "uniform"),
 }
 Run = Callable[[Problem, Tensor], Tensor]
