@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -163,6 +164,7 @@ class Prediction:
 
 
 Denoise = Callable[[Tensor, Tensor], Any]
+WITHOUT_MEMORY: ContextVar[bool] = ContextVar("without_memory", default=False)  # see Denoiser.bind
 
 
 def as_prediction(process: GaussianProcess, x_t: Tensor, t: Tensor, output: Prediction | Tensor) -> Prediction:
@@ -308,14 +310,15 @@ class Denoiser(nn.Module):
         """Fix mask and conditions: what solvers and guides see is a function of state and time.
 
         A network that declares ``x0_hat`` (self-conditioning) is given its own last prediction, none at first; bind
-        anew for each trajectory. Times by item (b,), as ``encode`` and adaptive integration have them, neither use nor
-        leave one: there the prediction must be a function of state and time alone.
+        anew for each trajectory. In ``encode`` and at times by item (b,), as adaptive integration has them, none is used
+        or left: there the prediction must be a function of state and time alone.
         """
         given, memory = dict(cond or {}), dict[str, Tensor]()
 
         def denoise(x_t: Tensor, t: Tensor) -> Prediction:
-            prediction = self(x_t, t, mask, given if t.ndim else {**given, **memory})
-            if "x0_hat" in self.conditions and not t.ndim:
+            alone = t.ndim or WITHOUT_MEMORY.get()
+            prediction = self(x_t, t, mask, given if alone else {**given, **memory})
+            if "x0_hat" in self.conditions and not alone:
                 memory["x0_hat"] = prediction.x0.detach()
             return prediction
 

@@ -12,9 +12,8 @@ from polydiff.core.errors import ScheduleError, unknown
 from polydiff.core.schedule import Schedule, as_time
 
 BETAS = ("linear", "scaled_linear", "cosine")
-_EDGE = (
-    torch.tensor([[-25, 48, -36, 16, -3], [-3, -10, 18, -6, 1]], dtype=torch.float64) / 12
-)  # slopes at two end nodes
+# slopes at two end nodes
+_EDGE = torch.tensor([[-25, 48, -36, 16, -3], [-3, -10, 18, -6, 1]], dtype=torch.float64) / 12
 _BISECTIONS, _NEWTON = 12, 4  # to 2e-4 of a step, where the cubic is nearly a line, and then to rounding
 
 
@@ -63,11 +62,9 @@ class Discrete(Schedule):
     def __post_init__(self) -> None:
         if self.betas not in BETAS:
             raise unknown("betas", self.betas, BETAS)
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            raise ScheduleError(
-                f"Discrete: needs 0 < beta_start <= beta_end < 1, got {self.beta_start}, {self.beta_end}"
-            )
-        gamma = _chain(self.betas, self.beta_start, self.beta_end, max(int(self.length), 1))
+        if not 0 < (start := self.beta_start) <= (end := self.beta_end) < 1:
+            raise ScheduleError(f"Discrete: needs 0 < beta_start <= beta_end < 1, got {start}, {end}")
+        gamma = _chain(self.betas, start, end, max(int(self.length), 1))
         if self.alphas_cumprod is not None:
             table = as_time(self.alphas_cumprod)
             gamma = (1 - table) / (1 + table.clamp_min(0).sqrt())
@@ -91,46 +88,47 @@ class Discrete(Schedule):
         step = scaled.detach().floor().clamp(0, self.length - 1)
         return scaled - step, self._cubics.to(scaled.device)[:, step.long()]  # type: ignore[attr-defined]
 
-    def _gamma_of(self, t: Tensor) -> Tensor:
-        u, (a, b, c, d) = self._place(t)
-        return a + u * (b + u * (c + u * d))
-
-    def _dgamma(self, t: Tensor) -> Tensor:
-        u, (_, b, c, d) = self._place(t)
-        return self.length * (b + u * (2 * c + u * (3 * d)))
-
     def alpha(self, t: Tensor) -> Tensor:
-        return 1 - self._gamma_of(t)
+        return 1 - _cubic(*self._place(t))
 
     def sigma(self, t: Tensor) -> Tensor:
-        gamma = self._gamma_of(t)
+        gamma = _cubic(*self._place(t))
         return torch.sqrt(gamma * (2 - gamma))  # 1 - alpha^2 without cancellation
 
     def dalpha(self, t: Tensor) -> Tensor:
-        return -self._dgamma(t)
+        return -self.length * _slope(*self._place(t))
 
     def dsigma(self, t: Tensor) -> Tensor:
-        return self._dgamma(t) * self.alpha(t) / self.sigma(t)
+        return -self.dalpha(t) * self.alpha(t) / self.sigma(t)
 
     def g2(self, t: Tensor) -> Tensor:
-        return 2 * self._dgamma(t) / self.alpha(t)
+        return -2 * self.dalpha(t) / self.alpha(t)
 
     def t_of_log_snr(self, log_snr: Tensor) -> Tensor:
         log_snr = as_time(log_snr)
         gamma = torch.sigmoid(-2 * log_snr) / (1 + torch.sigmoid(2 * log_snr).sqrt())
         cubics = self._cubics.to(gamma.device)  # type: ignore[attr-defined]
         step = (torch.searchsorted(cubics[0].contiguous(), gamma.contiguous(), right=True) - 1).clamp_min(0)
-        a, b, c, d = cubics[:, step]
+        cubic = cubics[:, step]
         low, high = torch.zeros_like(gamma), torch.ones_like(gamma)
         for _ in range(_BISECTIONS):
             u = 0.5 * (low + high)
-            below = a + u * (b + u * (c + u * d)) <= gamma
+            below = _cubic(u, cubic) <= gamma
             low, high = torch.where(below, u, low), torch.where(below, high, u)
         u = low
         for _ in range(_NEWTON):
-            excess = a - gamma + u * (b + u * (c + u * d))
-            u = (u - excess / (b + u * (2 * c + u * (3 * d)))).clamp(0, 1)
+            u = (u - (_cubic(u, cubic) - gamma) / _slope(u, cubic)).clamp(0, 1)
         return (step + u) / self.length
+
+
+def _cubic(u: Tensor, cubic: Tensor) -> Tensor:
+    a, b, c, d = cubic
+    return a + u * (b + u * (c + u * d))
+
+
+def _slope(u: Tensor, cubic: Tensor) -> Tensor:
+    _, b, c, d = cubic
+    return b + u * (2 * c + u * (3 * d))
 
 
 def _monotone_cubics(values: Tensor) -> Tensor:

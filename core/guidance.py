@@ -22,8 +22,7 @@ from polydiff.core.tree import expand
 class Guide(Protocol):
     """A guide that holds data of its own, made for one item and stacked for a batch.
 
-    Guides are frozen dataclasses. Their tensors have no batch axis, so that one guide serves a whole batch, or after
-    ``stack`` a leading one.
+    Guides are frozen dataclasses, whose tensors have no batch axis or, after ``stack``, a leading one.
     """
 
     def __call__(self, denoise: Denoise) -> Denoise:
@@ -41,15 +40,13 @@ class Guide(Protocol):
 def join(parts: Sequence[Any], kind: str) -> Any:
     """Stack the tensors of equal dataclasses along a new leading axis, through all levels; the rest must be equal."""
     first = parts[0]
-    if any(type(part) is not type(first) for part in parts):
-        names = sorted({type(part).__name__ for part in parts})
+    if len(names := sorted({type(part).__name__ for part in parts})) > 1:
         raise ConfigError(f"{kind} of one batch must be of one kind, not {', '.join(names)}: sample them one by one")
     if dataclasses.is_dataclass(first) and not isinstance(first, type):
         names = [field.name for field in dataclasses.fields(first) if field.init]
         return dataclasses.replace(first, **{n: join([getattr(part, n) for part in parts], n) for n in names})
     if isinstance(first, Tensor):
-        if any(part.shape != first.shape for part in parts):
-            shapes = sorted({tuple(part.shape) for part in parts})
+        if len(shapes := sorted({tuple(part.shape) for part in parts})) > 1:
             raise ConfigError(f"{kind} of one batch must have one shape, not {shapes}: sample such items one by one")
         return torch.stack(list(parts))
     if any(part != first for part in parts):
@@ -58,7 +55,7 @@ def join(parts: Sequence[Any], kind: str) -> Any:
 
 
 def predicted(output: Prediction | Tensor, guide: str, signal: bool = False) -> Prediction:
-    """The output of a Denoise for a guide that has to know the process; with ``signal`` also that the state holds data."""
+    """A Denoise's output for a guide that has to know the process; with ``signal`` also that the state holds data."""
     if not isinstance(output, Prediction):
         raise ConfigError(f"{guide} needs a Denoise that returns a Prediction, not a bare state")
     if signal and bool(((alpha := output.process.schedule.alpha(output.t)) < ALPHA_FLOOR).any()):
@@ -79,8 +76,8 @@ def cfg(
 
     .. math:: \hat x_0 = \hat x_0^u + w\,(\hat x_0^c - \hat x_0^u)
 
-    The same holds in every other field. Where the effective scale is 1 only ``conditional`` is called, where it is 0 only
-    ``unconditional``. The fraction of a second head is that of ``conditional``.
+    The same holds in every other field. Where the scale is 1 for all items only ``conditional`` is called, where it is 0
+    without an interval only ``unconditional``. The fraction of a second head is that of ``conditional``.
 
     Args:
         conditional, unconditional: two Denoise of the same network, with and without the condition.
@@ -108,9 +105,7 @@ def cfg(
 
 
 def autoguidance(strong: Denoise, weak: Denoise, scale: float, interval: tuple[float, float] | None = None) -> Denoise:
-    """Guide a network away from the mistakes of a smaller or less trained one, both under the same condition.
-
-    This is ``cfg`` with other networks: the equation, arguments and errors are the same.
+    """``cfg`` away from the mistakes of a smaller or less trained network, both under the same condition.
 
     Source: Karras 2024 (autoguidance), section 4.
     """
@@ -156,9 +151,7 @@ def cfg_pp(
     return _extrapolate(conditional, unconditional, weight)
 
 
-def _extrapolate(
-    conditional: Denoise, unconditional: Denoise, weight: Callable[[Prediction | Tensor], float | Tensor]
-) -> Denoise:
+def _extrapolate(conditional: Denoise, unconditional: Denoise, weight: Callable[[Any], float | Tensor]) -> Denoise:
     """u + w (c - u) in the field that ``conditional`` gives; w is a number or one for each item."""
 
     def denoise(x_t: Tensor, t: Tensor) -> Prediction | Tensor:
@@ -167,8 +160,7 @@ def _extrapolate(
         if bool((w == 1).all()) if isinstance(w, Tensor) else w == 1:
             return with_condition
         without = unconditional(x_t, t)
-        if isinstance(w, Tensor):
-            w = expand(w, x_t)
+        w = expand(w, x_t) if isinstance(w, Tensor) else w
         if not isinstance(with_condition, Prediction):  # a bare state is x0_hat
             base = without.x0 if isinstance(without, Prediction) else without
             return base + w * (with_condition - base)
@@ -219,11 +211,9 @@ def differentiable(x_t: Tensor) -> tuple[Tensor, bool]:
 
 
 def gradient_of(value: Tensor, x: Tensor, weight: Tensor, again: bool, what: str) -> Tensor:
-    """Gradient of a tensor's product with a weight; x and ``again`` are from ``differentiable``, ``what`` names the tensor."""
-    found = None
-    if value.requires_grad:
-        (found,) = torch.autograd.grad(value, x, weight, retain_graph=True, create_graph=again, allow_unused=True)
-    if found is None:
+    """Gradient of a tensor's product with a weight; x, ``again`` are from ``differentiable``, ``what`` names the tensor."""
+    options: Any = {"retain_graph": True, "create_graph": again, "allow_unused": True}
+    if not value.requires_grad or (found := torch.autograd.grad(value, x, weight, **options)[0]) is None:
         raise ConfigError(f"{what} has no gradient: the Denoise or the function that made it detaches its input")
     return found
 
@@ -238,7 +228,7 @@ class Replacement(Guide):
 
     Args:
         known: clean data in normalised form, (*dims), or (b, *dims) after ``stack``; any number where unknown.
-        where: bool, as many axes as ``known``, each as long or of length 1; true for the elements that are known.
+        where: true for the elements that are known; bool, as many axes as ``known``, each as long or of length 1.
 
     Raises:
         ConfigError: tensors that do not fit each other or a known number that is not finite; when called: a bare state, a

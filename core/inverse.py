@@ -13,8 +13,7 @@ MMPS   :math:`(\sigma_y^2 + A V A^T)^{-1} r` with the covariance :math:`V = (\si
 ====== ========================================================================================================
 
 MMPS is exact on every Gaussian prior, PiGDM on N(m, s^2). A is any differentiable function of a batch of states, linear
-but for DPS; its adjoint comes from automatic differentiation. ``Select``, ``AverageBlocks``, ``Mix``, ``Matrix`` and
-``identity`` are the common ones.
+but for DPS; its adjoint comes from automatic differentiation.
 """
 
 from __future__ import annotations
@@ -77,8 +76,8 @@ class Posterior(Guide):
                 seen = self.operator(x0_hat)
             if self.y.shape not in (seen.shape, seen.shape[1:]):
                 raise ConfigError(f"the operator makes {tuple(seen.shape)} of a state, y has {tuple(self.y.shape)}")
-            process, schedule = prediction.process, prediction.process.schedule
-            scale = expand(schedule.sigma(prediction.t) ** 2 / schedule.alpha(prediction.t), x_t)
+            process, sigma = prediction.process, prediction.process.schedule.sigma(prediction.t)
+            scale = expand(sigma**2 / process.schedule.alpha(prediction.t), x_t)
             mask = None if self.mask is None else self.mask.to(x_t.device).expand(x_t.shape[0], -1)
 
             def pull(u: Tensor) -> Tensor:
@@ -97,7 +96,6 @@ class DPS(Posterior):
     """Diffusion posterior sampling: a step of fixed length against the residual; A may be nonlinear.
 
     Args:
-        y, operator, mask: see ``Posterior``.
         zeta: the length, in units of 1/y; of the order of the root of the number of elements of y.
 
     Source: Chung 2023 (DPS), eq. 16 and algorithm 1; the step is taken in the score, so that every solver can use it.
@@ -116,7 +114,6 @@ class MMPS(Posterior):
     """Moment matching posterior sampling: the covariance of x_0 given x_t by Tweedie's formula.
 
     Args:
-        y, operator, mask: see ``Posterior``.
         sigma_y: standard deviation of the noise in y.
         iterations: most iterations of ``solve``, each one backward pass through the network.
         tolerance: residual, relative to r, at which an item is solved.
@@ -173,23 +170,23 @@ def solve(apply: Linear, b: Tensor, iterations: int, tolerance: float) -> Tensor
     Source: Eisenstat 1983, section 2 (generalised conjugate residuals).
     """
     dot = lambda v, w: (v * w).flatten(1).sum(1).reshape(-1, *[1] * (b.ndim - 1))
-    past: list[tuple[Tensor, Tensor]] = []  # directions and their images
+    past: list[tuple[Tensor, Tensor]] = []  # directions and what they are mapped to
     u, residual = torch.zeros_like(b), b
     for _ in range(iterations):
         going = dot(residual, residual) > tolerance**2 * dot(b, b)
         if not bool(going.any()):
             break
-        direction, image = residual, apply(residual)
-        going = going & (dot(direction, image) > 0)  # a learned covariance can fail to be one
-        for other, seen in past:  # images are orthonormal
-            along = dot(image, seen)
-            direction, image = direction - along * other, image - along * seen
-        length = dot(image, image).sqrt()
+        direction, mapped = residual, apply(residual)
+        going = going & (dot(direction, mapped) > 0)  # a learned covariance can fail to be one
+        for other, seen in past:  # what they are mapped to is orthonormal
+            along = dot(mapped, seen)
+            direction, mapped = direction - along * other, mapped - along * seen
+        length = dot(mapped, mapped).sqrt()
         factor = torch.where(going & (length > 0), 1 / torch.where(length > 0, length, 1), 0)
-        direction, image = factor * direction, factor * image
-        along = dot(residual, image)
-        u, residual = u + along * direction, residual - along * image
-        past.append((direction, image))
+        direction, mapped = factor * direction, factor * mapped
+        along = dot(residual, mapped)
+        u, residual = u + along * direction, residual - along * mapped
+        past.append((direction, mapped))
     return u
 
 
@@ -207,9 +204,8 @@ class Select:
     def __call__(self, x: Tensor) -> Tensor:
         """Shape (b, *dims)."""
         if self.where.ndim not in (x.ndim, x.ndim - 1):
-            raise ConfigError(
-                f"where {tuple(self.where.shape)} needs an axis for each axis of an item {tuple(x.shape[1:])}"
-            )
+            where, item = tuple(self.where.shape), tuple(x.shape[1:])
+            raise ConfigError(f"where {where} needs an axis for each axis of an item {item}")
         return x * self.where.to(x)
 
 
@@ -240,8 +236,8 @@ class Mix:
         weights = self.weights.to(x)
         if weights.ndim not in (2, 3) or weights.shape[-1] != x.shape[self.axis]:
             raise ConfigError(f"weights {tuple(weights.shape)} do not fit axis {self.axis} of a state {tuple(x.shape)}")
-        many = weights.expand(len(x), -1, -1)
-        return torch.einsum("b...c,bkc->b...k", x.movedim(self.axis, -1), many).movedim(-1, self.axis)
+        mapped = torch.einsum("b...c,bkc->b...k", x.movedim(self.axis, -1), weights.expand(len(x), -1, -1))
+        return mapped.movedim(-1, self.axis)
 
 
 @dataclass(frozen=True, eq=False)

@@ -45,9 +45,9 @@ def log_prob(
     mask: Tensor | None = None,
     generator: Any = None,
 ) -> Tensor:
-    """Log density of states under the model's probability flow from the prior at t_max.
+    """Log density of states under the model's probability flow from the prior at t_max, N(0, sigma(t_max)^2).
 
-    The prior is N(0, sigma(t_max)^2), whose difference from what the forward process leaves at t_max is part of the result.
+    What the forward process leaves at t_max differs from the prior, and that difference is part of the result.
 
     Args:
         denoise, process: as in ``sample``; gradients with respect to the state are taken through ``denoise``.
@@ -78,7 +78,10 @@ def log_prob(
     if start.sigma == 0:
         raise ScheduleError(f"at t = {low} sigma is 0 and there is no density to follow: take a larger t_min")
     dims = process.dims(x0, mask).to("cpu", torch.float64)
-    signs = [] if exact else _probes(process, x0, probes, mask, generator)
+    if probes < 1:
+        raise ConfigError(f"probes = {probes} must be at least 1")
+    noise = as_noise(generator, len(x0), process.mask_axis)
+    signs = [process.project(noise.draw(k, "probe", x0, mask=mask).sign(), mask) for k in range(0 if exact else probes)]
     if exact and x0[0].numel() > EXACT_LIMIT:
         raise ConfigError(
             f"an exact divergence of {x0[0].numel():,} elements takes as many backward passes at each of some hundred "
@@ -95,8 +98,8 @@ def log_prob(
             check_output(prediction, x, f"at t = {float(t[0]):.6g}")
             if not prediction.value.requires_grad:
                 raise ConfigError(
-                    "log_prob differentiates the denoiser with respect to the state, but its output has no gradient: "
-                    "remove the detach, no_grad or inference_mode inside of it"
+                    "log_prob differentiates the denoiser by the state, but its output has no gradient: remove the "
+                    "detach, no_grad or inference_mode inside of it"
                 )
             p = prediction.field("angle")
         trace = torch.zeros(len(x), dtype=x.dtype, device=x.device)
@@ -114,14 +117,6 @@ def log_prob(
     (y, gain), _ = integrate(slope, begin, angle(start), angle(end), norm, rtol, atol, MAX_STEPS, t_of)
     prior = process.log_prior(y.to("cpu", torch.float64) * c_T, None if mask is None else mask.cpu())
     return prior + dims * (math.log(c_T / c_s) + gain)
-
-
-def _probes(process: Any, x0: Tensor, probes: int, mask: Tensor | None, generator: Any) -> list[Tensor]:
-    """Random signs, projected: a drawing for each item and probe, at the item's own length."""
-    if probes < 1:
-        raise ConfigError(f"probes = {probes} must be at least 1")
-    noise = as_noise(generator, len(x0), process.mask_axis)
-    return [process.project(noise.draw(k, "probe", x0, mask=mask).sign(), mask) for k in range(probes)]
 
 
 def _basis(process: Any, x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
@@ -154,7 +149,7 @@ def elbo(
         steps, bins: of the chain, see ``VariationalBound``; with bins the bound is on the probability of the levels,
             without on the density of x0.
         mask: valid elements, bool (b, n).
-        generator: of the noise, as in ``sample``.
+        generator: of the noise.
 
     Returns:
         Nats (b,), whose expectation over the noise is the bound; -nats / (d ln 2) are bits per dimension.

@@ -6,6 +6,7 @@ that the network predicts, where nothing cancels: :math:`W b^2 |\hat p - p|^2` w
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from polydiff.core.denoiser import Prediction, coefficients, parts
+from polydiff.core.denoiser import FIELDS, coefficients, parts, preconditioning
 from polydiff.core.errors import ConfigError, unknown
 from polydiff.core.schedules import Schedule, as_time
 from polydiff.core.tree import expand
@@ -70,35 +71,20 @@ def _snr(schedule: Schedule, t: Tensor) -> Tensor:
     return torch.exp(2 * schedule.log_snr(t))
 
 
-def _weight_score(schedule: Schedule, t: Tensor, sigma_data: float) -> Tensor:
-    return (schedule.alpha(t) / schedule.sigma(t) ** 2) ** 2
-
-
-def _weight_v(schedule: Schedule, t: Tensor, sigma_data: float) -> Tensor:
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    return ((alpha**2 + sigma**2) / sigma) ** 2
-
-
-def _weight_edm(schedule: Schedule, t: Tensor, sigma_data: float) -> Tensor:
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    return ((alpha * sigma_data) ** 2 + sigma**2) / (sigma * sigma_data) ** 2
-
-
-def _weight_min_snr(schedule: Schedule, t: Tensor, sigma_data: float, gamma: float = 5.0) -> Tensor:
-    return _snr(schedule, t).clamp(max=gamma)
+def _of_field(field: str, schedule: Schedule, t: Tensor, sigma_data: float) -> Tensor:
+    """The plain squared error of a field: 1 / (dx0/dfield)^2."""
+    return coefficients(schedule, t, field, "x0")[1] ** -2
 
 
 WEIGHTS: dict[str, Callable[..., Tensor]] = {
-    "eps": lambda schedule, t, sigma_data: _snr(schedule, t),  # the "simple" loss of DDPM, Ho 2020, eq. 14
-    "x0": lambda schedule, t, sigma_data: torch.ones_like(t),
-    "score": _weight_score,
-    "v": _weight_v,  # Salimans 2022, appendix D
-    "velocity": lambda schedule, t, sigma_data: (schedule.alpha(t) * schedule.dlog_snr(t)) ** 2,
-    "edm": _weight_edm,  # Karras 2022, table 1: 1 / c_out^2
+    **{field: functools.partial(_of_field, field) for field in FIELDS},  # v: Salimans 2022, appendix D
+    "edm": lambda schedule, t, sigma_data: (
+        preconditioning("edm", schedule, t, sigma_data)[1] ** -2
+    ),  # Karras 2022, table 1
     "likelihood": lambda schedule, t, sigma_data: -schedule.dlog_snr(t) * _snr(schedule, t),  # Kingma 2021, eq. 15
-    "min_snr": _weight_min_snr,  # Hang 2023, section 3.4
+    "min_snr": lambda schedule, t, sigma_data: _snr(schedule, t).clamp(max=5.0),  # Hang 2023, section 3.4
 }
-WEIGHTS["simple"] = WEIGHTS["eps"]
+WEIGHTS["simple"] = WEIGHTS["eps"]  # of DDPM, Ho 2020, eq. 14: SNR
 
 
 class Objective:
@@ -148,15 +134,18 @@ class Objective:
         self.terms = dict(terms or {})
         self.bound: VariationalBound | None = None
         if variance is not None:
-            chain = dict(variance)
-            weight_of_bound = chain.pop("weight", 0.001)
-            if type(weight_of_bound) not in (int, float) or not 0 <= weight_of_bound < math.inf:
-                raise ConfigError(f"objective.variance.weight={weight_of_bound} must be finite and at least 0")
+            chain = {"weight": 0.001, **variance}
+            factor = chain.pop("weight")
+            if type(factor) not in (int, float) or not 0 <= factor < math.inf:
+                raise ConfigError(f"objective.variance.weight={factor} must be finite and at least 0")
             for key in chain:
                 if key not in ("steps", "bins"):
                     raise unknown("option", f"objective.variance.{key}", ("weight", "steps", "bins"))
-            self.bound = VariationalBound(process, **chain)
-            self.terms["vlb"] = (self._vlb, weight_of_bound)
+            self.bound = bound = VariationalBound(process, **chain)
+            self.terms["vlb"] = (
+                lambda p, x0, t, mask, cond: process.mean(bound(p, x0), mask, cond.get("fixed")),
+                factor,
+            )
 
     def times(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw n times, float64, on the generator's device."""
@@ -182,9 +171,8 @@ class Objective:
             ``loss`` (b,) with all terms added, ``t`` (b,), and each further term (b,) by name, unweighted.
         """
         x0: Any = item.x
-        mask, cond = item.mask, dict(item.cond)
-        b, fixed = x0.shape[0], cond.get("fixed")
-        t = self.times(b, generator)
+        mask, cond, b = item.mask, dict(item.cond), len(item.x)
+        fixed, t = cond.get("fixed"), self.times(b, generator)
         z = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
         z = self.process.project(z, mask, fixed)
         x_t = self.process.perturb(x0, t, z, mask, fixed)
@@ -214,12 +202,5 @@ class Objective:
         x0: Any = item.x
         mask, fixed = item.mask, item.cond.get("fixed")
         z = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
-        t = as_time(t)
-        x_t = self.process.perturb(x0, t, z, mask, fixed)
+        x_t = self.process.perturb(x0, t := as_time(t), z, mask, fixed)
         return self.process.mean((denoiser(x_t, t, mask, item.cond).x0 - x0) ** 2, mask, fixed)
-
-    def _vlb(
-        self, prediction: Prediction, x0: Tensor, t: Tensor, mask: Tensor | None, cond: Mapping[str, Tensor]
-    ) -> Tensor:
-        assert self.bound is not None
-        return self.process.mean(self.bound(prediction, x0), mask, cond.get("fixed"))

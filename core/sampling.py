@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polydiff.core.denoiser import Denoise, Prediction, as_prediction
+from polydiff.core.denoiser import WITHOUT_MEMORY, Denoise, Prediction, as_prediction
 from polydiff.core.errors import ConfigError, DivergenceError
 from polydiff.core.grids import Grid, as_grid, make_grid
 from polydiff.core.noise import Noise, Projected, as_noise
@@ -100,11 +100,11 @@ def encode(
     if method.stochastic:
         raise ConfigError(f"encode needs a solver without noise, not {solver}: take rk45, ddim or heun")
     down = make_grid(grid, steps, process, final=False) if isinstance(grid, str) else as_grid(grid, steps, process)
-
-    def alone(x_t: Any, t: Tensor) -> Any:
-        return denoise(x_t, t.expand(batch_size(x_t)))  # times by item: a Denoise then uses nothing of earlier calls
-
-    return _drive(alone, process, x0, method, down.reversed(), mask)
+    token = WITHOUT_MEMORY.set(True)
+    try:
+        return _drive(denoise, process, x0, method, down.reversed(), mask)
+    finally:
+        WITHOUT_MEMORY.reset(token)
 
 
 def _drive(

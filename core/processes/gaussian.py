@@ -42,6 +42,10 @@ class GaussianProcess:
         """The noisiest time of named grids, at which the prior stands."""
         return self.schedule.t_max
 
+    @property
+    def _prior_std(self) -> float:
+        return float(self.schedule.sigma(as_time(self.t_max)))
+
     def prior(self, like: Tensor, noise: Noise, mask: Tensor | None = None) -> Tensor:
         """Draw the state at t_max from N(0, sigma(t_max)^2).
 
@@ -50,8 +54,7 @@ class GaussianProcess:
             noise: source of the draws, purpose ``"prior"``.
             mask: valid elements, bool (b, n).
         """
-        z = noise.draw(0, "prior", like, mask=mask)
-        return float(self.schedule.sigma(as_time(self.t_max))) * self.project(z, mask)
+        return self._prior_std * self.project(noise.draw(0, "prior", like, mask=mask), mask)
 
     def perturb(
         self, x0: Tensor, t: Tensor, z: Tensor, mask: Tensor | None = None, fixed: Tensor | None = None
@@ -60,10 +63,9 @@ class GaussianProcess:
 
         The noise z is projected first; fixed elements, bool (b, n), stay at x0.
         """
-        t = as_time(t)
-        alpha, sigma = expand(self.schedule.alpha(t), x0), expand(self.schedule.sigma(t), x0)
+        alpha, sigma = (expand(c(as_time(t)), x0) for c in (self.schedule.alpha, self.schedule.sigma))
         x_t = alpha * x0 + sigma * self.project(z, mask, fixed)
-        held = None if fixed is None else self.valid(x0, fixed)
+        held = self.valid(x0, fixed)
         return x_t if held is None else torch.where(held.bool(), x0, x_t)
 
     def renoise(
@@ -91,11 +93,10 @@ class GaussianProcess:
         if not self.mean_free:
             return z
         axis = self.mask_axis
-        weight = torch.ones_like(z) if valid is None else valid.expand_as(z).to(z.dtype)
+        weight = torch.ones_like(z) if valid is None else valid.expand_as(z)
         mean = z.sum(axis, keepdim=True) / weight.sum(axis, keepdim=True).clamp_min(1)
         if fixed is not None:
-            free = ~fixed.any(dim=1)
-            mean = mean * free.to(z.dtype).reshape(-1, *[1] * (z.ndim - 1))
+            mean = mean * expand(~fixed.any(dim=1), z)
         return z - weight * mean
 
     def valid(self, like: Tensor, mask: Tensor | None, fixed: Tensor | None = None) -> Tensor | None:
@@ -105,13 +106,14 @@ class GaussianProcess:
         if mask is None:
             return None
         axis = self.mask_axis % like.ndim
-        if mask.ndim != 2 or mask.shape != (like.shape[0], like.shape[axis]):
+        b, n = like.shape[0], like.shape[axis]
+        if mask.shape != (b, n):
             raise ConfigError(
                 f"a mask of shape {tuple(mask.shape)} does not fit a state {tuple(like.shape)}: "
-                f"(b, n) with n = {like.shape[axis]} along axis {self.mask_axis} is needed"
+                f"(b, n) with n = {n} along axis {self.mask_axis} is needed"
             )
-        shape = [like.shape[0], *[1] * (like.ndim - 1)]
-        shape[axis] = like.shape[axis]
+        shape = [b, *[1] * (like.ndim - 1)]
+        shape[axis] = n
         return mask.reshape(shape).to(like.dtype)
 
     def mean(self, values: Tensor, mask: Tensor | None = None, fixed: Tensor | None = None) -> Tensor:
@@ -119,16 +121,14 @@ class GaussianProcess:
         valid = self.valid(values, mask, fixed)
         if valid is None:
             return values.reshape(len(values), -1).mean(1)
-        valid = valid.expand_as(values)
-        return (values * valid).flatten(1).sum(1) / valid.flatten(1).sum(1).clamp_min(1)
+        valid = valid.expand_as(values).flatten(1)
+        return (values.flatten(1) * valid).sum(1) / valid.sum(1).clamp_min(1)
 
     def log_prior(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Log density (b,) in nats of the prior N(0, sigma(t_max)^2) over valid elements (their mean-free subspace)."""
-        sigma = float(self.schedule.sigma(as_time(self.t_max)))
-        valid = self.valid(x, mask)
-        kept = x if valid is None else x * valid
-        constant = 0.5 * math.log(2 * math.pi * sigma**2)
-        return -0.5 * ((kept / sigma) ** 2).reshape(len(x), -1).sum(1) - constant * self.dims(x, mask)
+        valid, sigma = self.valid(x, mask), self._prior_std
+        squares = ((x if valid is None else x * valid) / sigma) ** 2
+        return -0.5 * (squares.reshape(len(x), -1).sum(1) + math.log(2 * math.pi * sigma**2) * self.dims(x, mask))
 
     def dims(self, like: Tensor, mask: Tensor | None = None) -> Tensor:
         """Dimension (b,) of the space that states live in: valid elements, less those that being mean-free takes."""
@@ -170,8 +170,7 @@ def gaussian(
         if name not in valid:
             raise unknown(f"parameter of the schedule {schedule!r}", name, valid)
         kind = type(valid[name].default)
-        if kind in (str, bool) and not isinstance(value, kind):
-            raise ConfigError(f"process.{name} = {value!r} must be {'a name' if kind is str else 'true or false'}")
-        if kind not in (str, bool) and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ConfigError(f"process.{name} = {value!r} must be a number")
+        wanted, needed = {str: (str, "a name"), bool: (bool, "true or false")}.get(kind, (int | float, "a number"))
+        if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+            raise ConfigError(f"process.{name} = {value!r} must be {needed}")
     return GaussianProcess(SCHEDULES[schedule](**parameters), mean_free, mask_axis)
