@@ -10,7 +10,6 @@ which is finite from sigma = 0 to alpha = 0 and vanishes for standard normal dat
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import Tensor
 from polydiff.core.denoiser import Denoise, Prediction
 from polydiff.core.errors import ConfigError, DivergenceError
 from polydiff.core.schedules import Schedule
-from polydiff.core.solvers.base import Plan, Point, Solver, State, first_order, is_end, predict
+from polydiff.core.solvers.base import Plan, Point, Solver, State, divide, predict
 from polydiff.core.tree import expand
 
 # Dormand 1980, table 2: the rows of the stages after the first; the last row is the fifth-order result (FSAL)
@@ -197,11 +196,10 @@ class Adaptive(Solver):
         if self.max_steps < 1:
             raise ConfigError(f"max_steps = {self.max_steps} must be at least 1")
 
-    def coefficients(self, schedule: Schedule, points: tuple[Point, ...]) -> tuple[Any, ...]:
+    def coefficients(self, schedule: Schedule, table: Point, points: Sequence[Point]) -> Sequence[Any]:
         """The numbers of the first-order step where an interval needs one, else None."""
-        return tuple(
-            first_order(start, end) if is_end(start, end) else None for start, end in itertools.pairwise(points)
-        )
+        outer = divide(points[:-1], points[1:])[2]
+        return [outer.get(k) for k in range(len(points) - 1)]
 
     def step(self, state: State, k: int, plan: Plan, denoise: Denoise, noise: Any) -> State:
         """Substeps through interval k; the history is what the integration resumes with."""

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,9 @@ from torch import Tensor
 from polydiff.core.denoiser import Denoise, Prediction, as_prediction
 from polydiff.core.errors import ConfigError, ScheduleError
 from polydiff.core.grids import Grid
-from polydiff.core.schedules import Schedule, as_time
+from polydiff.core.schedules import Schedule
+
+Array = Any  # of numpy, or a number
 
 ALPHA_FLOOR = 1e-6  # below it the state holds no data, and an interval is taken at first order in x0_hat
 
@@ -28,10 +30,10 @@ COORDINATES = {"x0": "x0", "eps": "eps", "v": "angle", "flow": "flow", "velocity
 class Point(NamedTuple):
     """Schedule values at one time, plain numbers; ``t`` is the 0-dim float64 tensor that denoisers get.
 
-    While a plan is made one Point holds many times: arrays, and ``t`` a tensor of one axis.
+    While a plan is made one Point holds many times: arrays, of which ``t`` is then one, too.
     """
 
-    t: Tensor
+    t: Any
     time: Any
     alpha: Any
     sigma: Any
@@ -39,11 +41,12 @@ class Point(NamedTuple):
 
     def cut(self, start: int, end: int) -> Point:
         """The times from one place to another."""
-        return Point(*(column[start:end] for column in self))
+        return Point(*[column[start:end] for column in self])
 
     def rows(self) -> list[Point]:
         """One Point of plain numbers for each time."""
-        return list(map(Point, self.t.unbind(), *(column.tolist() for column in self[1:])))
+        t = torch.from_numpy(self.time).unbind()  # all at once: far cheaper than a tensor at a time
+        return list(map(Point, t, *[column.tolist() for column in self[1:]]))
 
 
 @dataclass(frozen=True)
@@ -71,23 +74,25 @@ class State(NamedTuple):
     history: tuple[Tensor, ...] = ()
 
 
-def tabulate(schedule: Schedule, t: Tensor) -> Point:
-    """Evaluate a schedule at many times (n,), float64."""
-    return Point(t, *(column.numpy() for column in (t, schedule.alpha(t), schedule.sigma(t), schedule.log_snr(t))))
+def tabulate(schedule: Schedule, time: Array, final: bool = False) -> Point:
+    """Evaluate a schedule at many times (n,), vectorised in float64; where ``final`` the data follow, at sigma = 0."""
+    t, n = torch.from_numpy(time), len(time)
+    columns = np.empty((4, n + final))
+    columns[:, n:] = [[0.0], [1.0], [0.0], [math.inf]]
+    columns[0, :n] = time
+    for k, values in enumerate((schedule.alpha(t), schedule.sigma(t), schedule.log_snr(t)), 1):
+        columns[k, :n] = values.numpy()
+    return Point(columns[0], *columns)
 
 
 def make_points(schedule: Schedule, grid: Grid) -> tuple[Point, ...]:
-    """Evaluate a schedule at the times of a grid, vectorised in float64; a final grid ends at the data."""
-    points = tabulate(schedule, as_time(grid.times)).rows()
-    if grid.final:
-        points.append(Point(torch.zeros((), dtype=torch.float64), 0.0, 1.0, 0.0, math.inf))
-    return tuple(points)
+    """The points of a grid; a final one ends at the data."""
+    return tuple(tabulate(schedule, np.array(grid.times), grid.final).rows())
 
 
-def gather(points: Sequence[Point]) -> Point:
-    """Many points as one that holds arrays."""
-    columns = np.array([point[1:] for point in points]).T
-    return Point(torch.from_numpy(columns[0]), *columns)
+def is_end(start: Point, end: Point) -> bool:
+    """Whether an interval touches an infinite log-SNR (or alpha under 1e-6) and is taken at first order in x0_hat."""
+    return start.alpha < ALPHA_FLOOR or math.isinf(start.log_snr) or math.isinf(end.log_snr)
 
 
 def first_order(start: Point, end: Point) -> tuple[float, float]:
@@ -98,9 +103,24 @@ def first_order(start: Point, end: Point) -> tuple[float, float]:
     return ratio, end.alpha - start.alpha * ratio
 
 
-def is_end(start: Point, end: Point) -> Any:
-    """Whether an interval touches an infinite log-SNR (or alpha under 1e-6) and is taken at first order in x0_hat."""
-    return (start.alpha < ALPHA_FLOOR) | ~(np.isfinite(start.log_snr) & np.isfinite(end.log_snr))
+def divide(starts: Sequence[Point], ends: Sequence[Point]) -> tuple[int, int, dict[int, tuple[float, float]]]:
+    """First and last (exclusive) of the inner intervals, which stand together, and the ``first_order`` of the others."""
+    outer = {k: first_order(*pair) for k, pair in enumerate(zip(starts, ends, strict=True)) if is_end(*pair)}
+    low = next(k for k in itertools.count() if k not in outer)
+    return low, low + len(starts) - len(outer), outer
+
+
+def level_at(name: str, level: float | Callable[[float], float], log_snr: float = math.nan) -> float:
+    """A noise level, a number or a function of the log-SNR, there.
+
+    Raises:
+        ConfigError: a level that is negative or not finite.
+    """
+    value = float(level(log_snr) if callable(level) else level)
+    if not (math.isfinite(value) and value >= 0):
+        where = f" at log-SNR {log_snr:.4g}" if callable(level) else ""
+        raise ConfigError(f"{name} = {value}{where} must be finite and at least 0")
+    return value
 
 
 def predict(denoise: Denoise, process: Any, x: Tensor, point: Point) -> Prediction:
@@ -164,11 +184,12 @@ class Solver(ABC):
 
     def make_plan(self, process: Any, grid: Grid) -> Plan:
         """What ``plan`` keeps: one record per interval of the grid; solvers around another one lay out more."""
-        points = make_points(process.schedule, grid)
-        return Plan(process, points, self.coefficients(process.schedule, points))
+        table = tabulate(process.schedule, np.array(grid.times), grid.final)
+        points = tuple(table.rows())
+        return Plan(process, points, tuple(self.coefficients(process.schedule, table, points)))
 
-    def coefficients(self, schedule: Schedule, points: tuple[Point, ...]) -> tuple[Any, ...]:
-        """One record per interval; without any for solvers that make their own plan."""
+    def coefficients(self, schedule: Schedule, table: Point, points: Sequence[Point]) -> Sequence[Any]:
+        """One record per interval from the points, all in one and one by one; none where ``make_plan`` is another."""
         return ()
 
     def init(self, x: Tensor, plan: Plan) -> State:

@@ -19,20 +19,18 @@ intervals of a grid at once: a ``Point`` may hold numpy arrays.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 
 from polydiff.core.schedules import Schedule
-from polydiff.core.solvers.base import Point, tabulate
-
-Array = Any
+from polydiff.core.solvers.base import Array, Point, tabulate
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)  # exact to rounding for intervals of log-SNR up to about 10
 _FRACTIONS, _WEIGHTS = 0.5 * (_NODES + 1), 0.5 * _WEIGHTS
+
+_UPPER = np.triu(np.ones((5, 5)))
 
 # name -> (value from log-SNR and t, log-SNR from value); time itself needs no inverse
 VARIABLES: dict[str, tuple[Callable[[Array, Array], Array], Callable[[Array], Array]]] = {
@@ -78,92 +76,62 @@ def from_x0(form: str, schedule: Schedule, at: Point) -> tuple[Array, Array]:
         return at.alpha * a / c, -c * a
     if form == "flow":
         return a, -(at.alpha + at.sigma) * a
-    t = torch.as_tensor(at.time, dtype=torch.float64)
+    t = torch.from_numpy(at.time)
     a = schedule.dsigma(t).numpy() * a
     return a, schedule.dalpha(t).numpy() - at.alpha * a
 
 
-def between(variable: str, schedule: Schedule, start: Point, end: Point, fraction: float) -> Point:
-    """The points at a fraction of the way through each interval, measured in a variable."""
-    if fraction == 1:
-        return end
+def between(variable: str, schedule: Schedule, start: Point, end: Point, fractions: Array) -> Point:
+    """The points at fractions of the way through each interval, measured in a variable: all at the first, and so on."""
     of, back = VARIABLES[variable]
     first, last = of(start.log_snr, start.time), of(end.log_snr, end.time)
-    u = torch.from_numpy(first + fraction * (last - first))
-    return tabulate(schedule, u if variable == "t" else schedule.t_of_log_snr(torch.from_numpy(back(u.numpy()))))
+    u = (first + np.multiply.outer(fractions, last - first)).ravel()
+    return tabulate(schedule, u if variable == "t" else schedule.t_of_log_snr(torch.from_numpy(back(u))).numpy())
 
 
-class Quadrature:
-    """Integrals over tau of polynomials in a variable, for n intervals at once.
+def quadrature(
+    form: str, variable: str, schedule: Schedule, start: Point, end: Point, eta2: Array = 0.0
+) -> tuple[Array, Array, Array]:
+    """Nodes for integrals over tau in n intervals with finite log-SNR, which may have squared noise levels of their own.
 
-    Args:
-        form, variable: names in the table above and in ``VARIABLES``; ``"index"`` counts the points of the grid, which
-            gives the classical Adams weights.
-        schedule, start, end: the n intervals, with finite log-SNR.
-        eta2: squared noise level of each interval, (n,) or a number.
+    Returns:
+        The variable less its value at the start, (n, 24); the weights of the mean over each interval, (n, 24); dtau/dlambda
+        at the end of each interval over its mean, (n, 1). ``"index"`` counts the points of the grid.
     """
+    back = (end.log_snr - start.log_snr)[:, None] * (_FRACTIONS - 1)  # log-SNR above that of the end
+    if variable == "index":
+        return np.broadcast_to(_FRACTIONS, back.shape), np.broadcast_to(_WEIGHTS, back.shape), np.ones((len(back), 1))
+    log_snr, t = end.log_snr[:, None] + back, back
+    if variable == "t" or form == "velocity":
+        t = schedule.t_of_log_snr(torch.from_numpy(log_snr)).numpy()
+    if form == "x0":
+        density = np.exp((1 + np.asarray(eta2)[..., None]) * back)
+    elif form == "eps":
+        density = np.exp(-back)
+    elif form == "v":
+        density = 1 / np.cosh(log_snr)
+    elif form == "flow":
+        density = 1 / np.cosh(0.5 * log_snr) ** 2
+    else:
+        density = 1 / np.abs(schedule.dlog_snr(torch.from_numpy(t)).numpy())
+    mass = density @ _WEIGHTS
+    of = VARIABLES[variable][0]
+    u = of(log_snr, t) - of(start.log_snr, start.time)[:, None]
+    return u, density * (_WEIGHTS / mass[:, None]), 1 / mass[:, None]
 
-    def __init__(self, form: str, variable: str, schedule: Schedule, start: Point, end: Point, eta2: Array = 0.0):
-        self.form, self.variable, self.schedule, self.start, self.end, self.eta2 = (
-            form,
-            variable,
-            schedule,
-            start,
-            end,
-            eta2,
-        )
 
-    @functools.cached_property
-    def _integrand(self) -> tuple[Array, Array, Array]:
-        """The variable and the integrand's weights at the nodes of every interval, (n, 24); and the density."""
-        form, schedule = self.form, self.schedule
-        h = (self.end.log_snr - self.start.log_snr)[:, None]
-        back = h * (_FRACTIONS - 1)  # log-SNR above that of the end
-        if self.variable == "index":
-            shape = back.shape
-            return np.broadcast_to(_FRACTIONS, shape), np.broadcast_to(_WEIGHTS, shape), np.ones(shape[0])
-        log_snr, t = self.end.log_snr[:, None] + back, np.zeros(())
-        if self.variable == "t" or form == "velocity":
-            t = schedule.t_of_log_snr(torch.from_numpy(log_snr)).numpy()
-        if form == "x0":
-            density = np.exp((1 + np.asarray(self.eta2)[..., None]) * back)
-        elif form == "eps":
-            density = np.exp(-back)
-        elif form == "v":
-            density = 1 / np.cosh(log_snr)
-        elif form == "flow":
-            density = 1 / np.cosh(0.5 * log_snr) ** 2
-        else:
-            density = 1 / np.abs(schedule.dlog_snr(torch.from_numpy(t)).numpy())
-        density = density * _WEIGHTS
-        mass = density.sum(1)
-        return VARIABLES[self.variable][0](log_snr, t), density / mass[:, None], 1 / mass
+def moments(u: Array, mass: Array, nodes: Array) -> Array:
+    """Means (n, p) of Newton's polynomials 1, u - u_1, (u - u_1)(u - u_2), ... of p nodes (n, p) in n intervals."""
+    found = np.ones(nodes.shape)
+    for m in range(1, nodes.shape[1]):
+        mass = mass * (u - nodes[:, m - 1 : m])
+        mass.sum(1, out=found[:, m])
+    return found
 
-    @property
-    def density(self) -> Array:
-        """dtau/dlambda at the end of each interval over its mean, (n,)."""
-        return self._integrand[2]
 
-    def weights(self, nodes: Array, blend: float = 0.0) -> Array:
-        """Mean of each Lagrange polynomial through the nodes (n, p), NaN where there is none; rows sum to 1.
-
-        ``blend`` replaces that share of the polynomial through three or more nodes by its tangent at the first one.
-        """
-        if nodes.shape[1] == 1:
-            return np.ones_like(nodes)
-        u, mass, _ = self._integrand
-        there = np.isfinite(nodes)
-        away = np.where(there[:, None], u[:, :, None] - nodes[:, None], 1.0)
-        gaps = np.where(there[:, None], nodes[:, :, None] - nodes[:, None], 1.0)
-        diagonal = np.arange(nodes.shape[1])
-        gaps[:, diagonal, diagonal] = 1.0
-        scale = gaps.prod(2)
-        basis = away.prod(2)[..., None] / away  # no node lies strictly inside its interval
-        weights = np.where(there, (mass[:, None] @ basis)[:, 0] / scale, 0.0)
-        if blend:
-            slopes = np.where(there, gaps[:, 0].prod(1)[:, None] / gaps[:, 0] / scale, 0.0)
-            slopes[:, 0] = -slopes[:, 1:].sum(1)
-            tangent = slopes * (mass * (u - nodes[:, :1])).sum(1)[:, None]
-            tangent[:, 0] += 1
-            weights = np.where(there.sum(1)[:, None] > 2, (1 - blend) * weights + blend * tangent, weights)
-        return weights
+def differences(nodes: Array) -> Array:
+    """Weights (n, p, p) of the value at node j, in the divided difference through the nodes up to m: 0 where m < j."""
+    gaps = nodes[:, :, None] - nodes[:, None, :]
+    p = nodes.shape[1]
+    gaps.reshape(len(nodes), -1)[:, :: p + 1] = 1.0
+    return _UPPER[:p, :p] / np.multiply.accumulate(gaps, 2)

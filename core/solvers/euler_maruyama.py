@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
 from polydiff.core.denoiser import Denoise
-from polydiff.core.errors import ConfigError
 from polydiff.core.schedules import Schedule
-from polydiff.core.solvers.base import Plan, Point, Solver, State, first_order, is_end, predict
+from polydiff.core.solvers.base import Plan, Point, Solver, State, divide, level_at, predict
 from polydiff.core.tree import tree_map
 
 
@@ -52,27 +52,19 @@ class EulerMaruyama(Solver):
 
     def __post_init__(self) -> None:
         if not callable(self.level):
-            self._level(0.0)
+            level_at("level", self.level)
         object.__setattr__(self, "stochastic", bool(self.level))
 
-    def _level(self, log_snr: float) -> float:
-        level = float(self.level(log_snr) if callable(self.level) else self.level)
-        if not (math.isfinite(level) and level >= 0):
-            where = f" at log-SNR {log_snr:.4g}" if callable(self.level) else ""
-            raise ConfigError(f"level = {level}{where} must be finite and at least 0")
-        return level
-
-    def coefficients(self, schedule: Schedule, points: tuple[Point, ...]) -> tuple[_Step, ...]:
+    def coefficients(self, schedule: Schedule, table: Point, points: Sequence[Point]) -> Sequence[_Step]:
         """Numbers of every interval."""
-        steps = []
-        for start, end in itertools.pairwise(points):
-            if is_end(start, end):
-                steps.append(_Step(first_order(start, end)))
-            else:
-                span = start.time - end.time
-                spread = self._level(start.log_snr) ** 2 * float(schedule.g2(start.t)) * span
-                steps.append(_Step(None, -span, 0.5 * spread, math.sqrt(spread)))
-        return tuple(steps)
+        low, high, outer = divide(points[:-1], points[1:])
+        g2 = schedule.g2(torch.from_numpy(table.time[low:high])).tolist()
+        steps = {k: _Step(numbers) for k, numbers in outer.items()}
+        for k, value in enumerate(g2, low):
+            span = points[k].time - points[k + 1].time
+            spread = level_at("level", self.level, points[k].log_snr) ** 2 * value * span
+            steps[k] = _Step(None, -span, 0.5 * spread, math.sqrt(spread))
+        return [steps[k] for k in range(len(steps))]
 
     def step(self, state: State, k: int, plan: Plan, denoise: Denoise, noise: Any) -> State:
         """One call of the denoiser."""

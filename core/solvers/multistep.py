@@ -13,8 +13,8 @@ x0 form, :math:`\sigma_s\sqrt{1 - e^{-2\eta^2 h}}\,z` is added.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import InitVar, dataclass, field, fields
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -27,20 +27,21 @@ from polydiff.core.errors import ConfigError, unknown
 from polydiff.core.schedules import Schedule
 from polydiff.core.solvers.base import (
     COORDINATES,
+    Array,
     Plan,
     Point,
     Solver,
     State,
     checked,
     combine,
-    first_order,
-    gather,
-    is_end,
+    divide,
+    level_at,
 )
-from polydiff.core.solvers.coordinates import VARIABLES, Array, Quadrature, from_x0, tau_span
+from polydiff.core.solvers.coordinates import VARIABLES, differences, from_x0, moments, quadrature, tau_span
 from polydiff.core.solvers.runge_kutta import TABLEAUS, Stage, stages, through_stages
 from polydiff.core.variational import log_range
 
+Pair = tuple[float, float]
 NOISE_FORMS = ("sde", "ancestral", "learned")
 CORRECTORS = ("exact", "bh1", "bh2")
 _START = {1: "euler", 2: "heun", 3: "heun3", 4: "rk4"}  # tableau of an order
@@ -53,7 +54,7 @@ class _Step(NamedTuple):
     noise: float = 0.0  # standard deviation
     spread: float = 0.0  # log of the upper over the lower choice of its variance, where the network chooses
     stages: tuple[Stage, ...] = ()  # of a Runge-Kutta start, whose scale and weights are then those of its end
-    own: tuple[float, float] = (0.0, 1.0)  # of x and x0_hat in the prediction to remember
+    own: Pair = (0.0, 1.0)  # of x and x0_hat in the prediction to remember
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class Multistep(Solver):
     """Exponential and classical linear multistep methods; order 1 is DDIM, Euler and DDPM.
 
     Args:
-        terms: number of predictions in a step, 1 to 4, which is the nominal order; a corrector uses one more and raises
-            the order by one. The attribute ``order`` is what all the settings together reach.
+        order: number of predictions in a step, 1 to 4, kept as ``terms``; a corrector uses one more and raises the order
+            by one. The attribute ``order`` is what all the settings together reach.
         predict: the coordinate, as in ``polydiff.core.solvers.coordinates``.
         variable: what the interpolating polynomials are polynomials in; ``"index"`` gives the classical Adams weights,
             of order 2 at most unless the grid is uniform in tau.
@@ -78,8 +79,8 @@ class Multistep(Solver):
         noise_form: ``"sde"`` (constant eta over the interval) or ``"ancestral"`` (DDIM's, order 1); the same at 0 and 1.
             ``"learned"`` is ancestral at eta = 1 with the variance that the network's second head gives.
         startup: ``"low"``: the first steps use as many predictions as there are, one call each, which caps the order at
-            2, or 3 with a corrector. ``"full"`` takes the first terms - 2 intervals by Runge-Kutta: 1 or 4 calls more
-            for 3 or 4 terms, 2 or 6 with a corrector; in ``"index"`` the first terms - 1 intervals by the pseudo
+            2, or 3 with a corrector. ``"full"`` takes the first order - 2 intervals by Runge-Kutta: 1 or 4 calls more
+            for order 3 or 4, 2 or 6 with a corrector; in ``"index"`` the first order - 1 intervals by the pseudo
             Runge-Kutta method of four stages, 3 calls more each.
 
     Raises:
@@ -89,7 +90,8 @@ class Multistep(Solver):
     2023 (DEIS), eq. 14; Zhao 2023 (UniPC), algorithms 1 and 2; Xue 2023 (SA-Solver), algorithm 1; Liu 2022 (PNDM).
     """
 
-    terms: int = 2
+    order: InitVar[int]
+    terms: int = field(init=False)
     predict: str = "x0"
     variable: str = "log_snr"
     corrector: str | None = None
@@ -101,30 +103,29 @@ class Multistep(Solver):
     startup: str = "low"
     stages = 1
 
-    def __post_init__(self) -> None:
-        if self.predict not in COORDINATES:
-            raise unknown("form (predict)", self.predict, COORDINATES)
-        if self.variable not in (*VARIABLES, "index"):
-            raise unknown("variable", self.variable, (*VARIABLES, "index"))
-        if self.corrector is not None and self.corrector not in CORRECTORS:
-            raise unknown("corrector", self.corrector, CORRECTORS)
-        if self.rule not in ("exact", "midpoint"):
-            raise unknown("rule", self.rule, ("exact", "midpoint"))
-        if self.noise_form not in NOISE_FORMS:
-            raise unknown("noise form", self.noise_form, NOISE_FORMS)
-        if self.startup not in ("low", "full"):
-            raise unknown("startup", self.startup, ("low", "full"))
-        if self.terms not in (1, 2, 3, 4):
-            raise ConfigError(f"a multistep order of {self.terms} is not between 1 and 4")
-        if not callable(self.eta) and not (math.isfinite(self.eta) and self.eta >= 0):
-            raise ConfigError(f"eta = {self.eta} must be finite and at least 0")
+    def __post_init__(self, order: int) -> None:
+        object.__setattr__(self, "terms", order)
+        for kind, value, valid in (
+            ("form (predict)", self.predict, COORDINATES),
+            ("variable", self.variable, (*VARIABLES, "index")),
+            ("corrector", self.corrector or "exact", CORRECTORS),
+            ("rule", self.rule, ("exact", "midpoint")),
+            ("noise form", self.noise_form, NOISE_FORMS),
+            ("startup", self.startup, ("low", "full")),
+        ):
+            if value not in valid:
+                raise unknown(kind, value, valid)
+        if order not in (1, 2, 3, 4):
+            raise ConfigError(f"a multistep order of {order} is not between 1 and 4")
+        if not callable(self.eta):
+            level_at("eta", self.eta)
         eta = "a function" if callable(self.eta) else self.eta
         bh = self.corrector in ("bh1", "bh2")
         ancestral = self.noise_form != "sde" and self.stochastic
         refused = {
             f"eta = {eta} needs predict='x0', not {self.predict!r}": self.stochastic and self.predict != "x0",
             f"noise_form={self.noise_form!r} has order 1 and no corrector; take noise_form='sde'": ancestral
-            and (self.terms > 1 or self.corrector is not None),
+            and (order > 1 or self.corrector is not None),
             f"noise_form='learned' needs eta = 1, not {eta}": self.noise_form == "learned" and self.eta != 1,
             f"startup='full' has no noise: take eta = 0 instead of {eta}": self.startup == "full" and self.stochastic,
             "rule='midpoint' has no meaning for variable='index'": self.rule == "midpoint" and self.variable == "index",
@@ -133,102 +134,117 @@ class Multistep(Solver):
             and (self.predict not in ("x0", "eps") or self.variable != "log_snr"),
             f"blend = {self.blend} must lie between 0 and 1": not 0 <= self.blend <= 1,
             "blend needs order 3 or 4, no corrector and another variable than 'index'": bool(self.blend)
-            and (self.terms < 3 or self.corrector is not None or self.variable == "index"),
+            and (order < 3 or self.corrector is not None or self.variable == "index"),
         }
         for reason, holds in refused.items():
             if holds:
                 raise ConfigError(reason)
 
-    @property
-    def order(self) -> int:  # type: ignore[override]
-        """Global order of accuracy without noise, on a grid that is smooth."""
-        corrected = self.corrector is not None
-        order = self.terms + corrected
-        if self.startup == "low":
-            order = min(order, 2 + corrected)
-        return min(order, 2) if self.lower_final or self.blend or self.variable == "index" else order
+    def __repr__(self) -> str:
+        rest = "".join(f", {own.name}={getattr(self, own.name)!r}" for own in fields(self)[1:])
+        return f"Multistep(order={self.terms}{rest})"
 
     @property
     def stochastic(self) -> bool:  # type: ignore[override]
         """Whether eta is positive."""
         return callable(self.eta) or self.eta > 0
 
-    def coefficients(self, schedule: Schedule, points: tuple[Point, ...]) -> tuple[_Step, ...]:
+    def coefficients(self, schedule: Schedule, table: Point, points: Sequence[Point]) -> Sequence[_Step]:
         """Scale, weights and noise of every interval."""
-        n, table = len(points) - 1, gather(points)
-        ends = is_end(table.cut(0, n), table.cut(1, n + 1))
-        inner = np.flatnonzero(~ends)  # contiguous: only the first and the last intervals may touch an infinite log-SNR
-        low, high = (int(inner[0]), int(inner[-1]) + 1) if len(inner) else (0, 0)
-        outer = {k: first_order(points[k], points[k + 1]) for k in (*range(low), *range(high, n))}
-        own = list(zip(*(column.tolist() for column in from_x0(self.predict, schedule, table.cut(0, n))), strict=True))
+        low, high, outer = divide(points[:-1], points[1:])
+        columns = from_x0(self.predict, schedule, table.cut(0, len(points) - 1))
+        own = list(zip(*[column.tolist() for column in columns], strict=True))
         steps = {k: _Step("x0", scale, (weight,), own=own[k]) for k, (scale, weight) in outer.items()}
-        if len(inner):
-            steps.update(enumerate(self._inner(schedule, table, low, high, own), low))
-        return tuple(steps[k] for k in range(n))
+        if low < high:
+            steps.update(enumerate(self._inner(schedule, table, range(low, high), points, own), low))
+        return [steps[k] for k in range(len(own))]
 
     def _inner(
-        self, schedule: Schedule, table: Point, low: int, high: int, own: list[tuple[float, float]]
+        self, schedule: Schedule, table: Point, inner: range, points: Sequence[Point], own: Sequence[Pair]
     ) -> list[_Step]:
-        start, end = table.cut(low, high), table.cut(low + 1, high + 1)
+        start, end = table.cut(inner.start, inner.stop), table.cut(inner.start + 1, inner.stop + 1)
         h = end.log_snr - start.log_snr
-        eta = self._levels(start.log_snr + 0.5 * h)
+        eta: Array = self.eta
+        if callable(eta):
+            eta = np.array([level_at("eta", eta, value) for value in (start.log_snr + 0.5 * h).tolist()])
         scale, total = tau_span(self.predict, start, end, eta**2)
-        quadrature = Quadrature(self.predict, self.variable, schedule, start, end, eta**2)
-        nodes, first, last = self._nodes(table, low, high)
-        spread = np.zeros_like(h)
+        noise: Iterable[float] = repeat(0.0)
+        spread: Iterable[float] = repeat(0.0)
+        begin: list[_Step] = []
         if self.stochastic and self.noise_form != "sde":
-            noise = eta * end.sigma * np.sqrt(-np.expm1(-2 * h))
-            scale = np.sqrt(np.maximum(end.sigma**2 - noise**2, 0.0)) / start.sigma
+            deviation = eta * end.sigma * np.sqrt(-np.expm1(-2 * h))
+            scale = np.sqrt(np.maximum(end.sigma**2 - deviation**2, 0.0)) / start.sigma
             weights = (end.alpha - start.alpha * scale)[:, None]
+            noise = deviation.tolist()
             if self.noise_form == "learned":
-                spread = log_range(torch.from_numpy(start.log_snr), torch.from_numpy(end.log_snr)).numpy()
+                spread = log_range(torch.from_numpy(start.log_snr), torch.from_numpy(end.log_snr)).tolist()
         else:
-            noise = end.sigma * np.sqrt(-np.expm1(-2 * eta**2 * h))
-            rule = self.corrector if self.corrector in ("bh1", "bh2") else self.rule
-            weights = total[:, None] * _shares(quadrature, nodes, last - first, rule, self.blend)
-        begin = self._begin(schedule, start, end, own[low:high])
-        if self.corrector is not None:
-            nodes = np.concatenate([last[:, None], nodes], 1)
-            change = total[:, None] * _shares(quadrature, nodes, last - first, self.corrector, 0.0, base=1)
-            change[:, 1:] -= weights
-            change[: len(begin)] = 0.0
-            weights = np.concatenate([weights, np.zeros((len(h), 1))], 1)
-            weights[1:] += scale[1:, None] * change[:-1]
-        columns = (scale.tolist(), map(_stripped, weights.tolist()), noise.tolist(), spread.tolist())
-        steps = map(_Step, repeat(COORDINATES[self.predict]), *columns, repeat(()), own[low:high])
-        return [*begin, *list(steps)[len(begin) :]]
+            weights, change = self._shares(schedule, table, inner, start, end, eta**2)
+            weights = total[:, None] * weights
+            if self.startup == "full":
+                begin = self._begin(schedule, start, end, points[inner.start + 1 :], own[inner.start :])
+            if change is not None:  # what is corrected of an interval counts in the next one
+                now = slice(1 + len(begin), None)
+                weights[now] += (scale[1:] * total[:-1])[len(begin) :, None] * change[len(begin) : -1]
+            if self.stochastic:
+                noise = (end.sigma * np.sqrt(-np.expm1(-2 * eta**2 * h))).tolist()
+        form, rows = repeat(COORDINATES[self.predict]), map(_stripped, weights.tolist())
+        columns = (form, scale.tolist(), rows, noise, spread, repeat(()), own[inner.start : inner.stop])
+        return [*begin, *list(map(_Step, *columns))[len(begin) :]]
 
-    def _levels(self, log_snr: Array) -> Array:
-        """Eta of each interval, from the log-SNR in its middle."""
-        if not callable(self.eta):
-            return np.full_like(log_snr, self.eta)
-        levels = np.array([float(self.eta(value)) for value in log_snr.tolist()])
-        for value, level in zip(log_snr, levels, strict=True):
-            if not (math.isfinite(level) and level >= 0):
-                raise ConfigError(f"eta = {level} at log-SNR {value:.4g} must be finite and at least 0")
-        return levels
+    def _shares(
+        self, schedule: Schedule, table: Point, inner: range, start: Point, end: Point, eta2: Array
+    ) -> tuple[Array, Array | None]:
+        """Share of each prediction in the integral, newest first (n, p); what the corrector adds, that at the end first.
 
-    def _nodes(self, table: Point, low: int, high: int) -> tuple[Array, Array, Array]:
-        """Where the predictions of each interval stand, newest first, NaN for none; and both ends of the interval."""
-        at, back = np.arange(low, high)[:, None], np.arange(self.terms)
-        if self.variable == "index":
-            values, first, last = -back.astype(float), np.zeros(high - low), np.ones(high - low)
-        else:
-            u = VARIABLES[self.variable][0](table.log_snr, table.time)
-            values, first, last = u[at - back], u[low:high], u[low + 1 : high + 1]
-        there = (at >= back) & np.isfinite(values)
+        An interval has nodes at its start, back from there as far as it has predictions, and then at its end, so that in
+        Newton's form predictor and corrector are sums of the same terms, the corrector of one more.
+        """
+        size = self.terms + (self.corrector is not None)
+        if size == 1:
+            return np.ones((len(inner), 1)), None
+        index, at, back = self.variable == "index", np.arange(inner.start, inner.stop)[:, None], np.arange(size)
+        u = np.arange(len(table.time)) if index else VARIABLES[self.variable][0](table.log_snr, table.time)
+        first, last = u[inner.start : inner.stop, None], u[inner.start + 1 : inner.stop + 1, None]
+        count = np.minimum(at + math.isfinite(u[0]), self.terms)
         if self.lower_final:
-            there &= back < len(table.time) - 1 - at
-        return np.where(there, values, np.nan), first, last
+            count = np.minimum(count, len(u) - 1 - at)
+        width = last - first
+        nodes = np.where(back < count, u.take(at - back, mode="clip") - first, width * (1 + back - count))
+        rule, ruled = self.rule, self.corrector or self.rule
+        if self.corrector in ("bh1", "bh2"):
+            rule = self.corrector
+        means, density, terms = np.ones(nodes.shape), 1.0, differences(nodes)
+        if size > 2 or not {rule, ruled} <= {"midpoint", "bh2"}:
+            u, mass, density = quadrature(self.predict, self.variable, schedule, start, end, eta2)
+            means = moments(u, mass, nodes)
+        if self.blend:
+            means[:, 2:] += self.blend * (means[:, 1:2] / terms[:, 0, 1:-1] - means[:, 2:])
 
-    def _begin(self, schedule: Schedule, start: Point, end: Point, own: list[tuple[float, float]]) -> list[_Step]:
+        def summed(rule: str, count: Array) -> Array:
+            """Through so many nodes; a rule takes the place of the exact integral of lines."""
+            parts = means * (back < count)
+            if rule != "exact":
+                lines = count[:, 0] == 2
+                parts[lines, 1:2] = 0.5 * (width if rule != "bh1" else width * density)[lines]
+            return (terms @ parts[:, :, None])[:, :, 0]
+
+        shares = summed(rule, count)
+        if self.corrector is None:
+            return shares, None
+        change = summed(ruled, count + 1) - shares
+        place = np.arange(len(inner)), count[:, 0]
+        ahead, change[place] = change[place], 0.0
+        return shares, np.concatenate([ahead[:, None], change[:, :-1]], 1)
+
+    def _begin(
+        self, schedule: Schedule, start: Point, end: Point, ends: Sequence[Point], own: Sequence[Pair]
+    ) -> list[_Step]:
         """The intervals that a full start takes by Runge-Kutta."""
         index = self.variable == "index"
-        count = self.terms - (1 if index else 2)
-        if self.startup == "low" or count < 1:
-            return []
-        tableau = "pseudo-rk4" if index else _START[self.terms - (self.corrector is None)]
-        rows = stages(TABLEAUS[tableau], self.predict, schedule, start.cut(0, count), end.cut(0, count))
+        count = max(0, min(self.terms - (1 if index else 2), len(start.time)))
+        tableau = TABLEAUS["pseudo-rk4" if index else _START[max(1, self.terms - (self.corrector is None))]]
+        rows = stages(tableau, self.predict, schedule, start.cut(0, count), end.cut(0, count), ends[:count])
         return [
             _Step("x0", scale, weights, stages=tuple(within), own=pair)
             for (*within, (_, scale, weights)), pair in zip(rows, own, strict=False)
@@ -265,21 +281,17 @@ class Multistep(Solver):
         return State(out, (own, *history)[:keep] if keep else ())
 
 
-def _shares(quadrature: Quadrature, nodes: Array, width: Array, rule: str, blend: float, base: int = 0) -> Array:
-    """Weights of the predictions in units of the whole integral; a rule takes the place of exact lines from the base."""
-    count = np.isfinite(nodes).sum(1)
-    lines = count == 2
-    if rule == "exact" or count.max() > 2:
-        weights = quadrature.weights(nodes, blend)
-    else:
-        weights = np.zeros_like(nodes)
-        weights[:, 0] = 1.0
-    if rule == "exact" or not lines.any():
-        return weights
-    half = 0.5 * (quadrature.density if rule == "bh1" else 1.0) * width / (nodes[:, 1 - base] - nodes[:, base])
-    weights[:, 1 - base] = np.where(lines, half, weights[:, 1 - base])
-    weights[:, base] = np.where(lines, 1 - half, weights[:, base])
-    return weights
+def _reached(self: Multistep) -> int:
+    """Global order of accuracy without noise, on a grid that is smooth."""
+    corrected = self.corrector is not None
+    order = self.terms + corrected
+    if self.startup == "low":
+        order = min(order, 2 + corrected)
+    return min(order, 2) if self.lower_final or self.blend or self.variable == "index" else order
+
+
+# Put on afterwards, as a dataclass would take it for the default of its argument, which is the order asked for.
+Multistep.order = property(_reached)  # type: ignore[assignment]
 
 
 def _stripped(weights: list[float]) -> tuple[float, ...]:

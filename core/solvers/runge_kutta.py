@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,20 +14,9 @@ from torch import Tensor
 from polydiff.core.denoiser import Denoise
 from polydiff.core.errors import ConfigError, unknown
 from polydiff.core.schedules import Schedule
-from polydiff.core.solvers.base import (
-    COORDINATES,
-    Plan,
-    Point,
-    Solver,
-    State,
-    combine,
-    first_order,
-    gather,
-    is_end,
-    predict_x0,
-    tabulate,
-)
-from polydiff.core.solvers.coordinates import TAU, Quadrature, between, from_x0, tau_span
+from polydiff.core.solvers import base
+from polydiff.core.solvers.base import COORDINATES, Array, Plan, Point, Solver, State, combine, divide, predict_x0
+from polydiff.core.solvers.coordinates import TAU, between, differences, from_x0, moments, quadrature, tau_span
 
 
 class Tableau(NamedTuple):
@@ -41,7 +31,7 @@ class Tableau(NamedTuple):
     """
 
     nodes: tuple[float, ...]
-    rows: tuple[tuple[float, ...], ...]
+    rows: tuple[tuple[Any, ...], ...]
     order: int
     variable: str = "tau"
 
@@ -92,40 +82,47 @@ class _Step(NamedTuple):
     weights: tuple[float, ...]
 
 
-def stages(tableau: Tableau, form: str, schedule: Schedule, start: Point, end: Point) -> list[list[Stage]]:
-    """The stages of many intervals with finite log-SNR, the last of each being its end.
+def stages(
+    tableau: Tableau, form: str, schedule: Schedule, start: Point, end: Point, ends: Sequence[Point]
+) -> list[list[Stage]]:
+    """The stages of many intervals with finite log-SNR, the last of each being its end; ``ends`` are those one by one.
 
     A slope p_i = a_i X_i + b_i x0_hat_i, where X_i is itself a combination of x and the x0_hat before it, so that each
     stage folds into one combination of x and x0_hat.
     """
-    n, variable = len(start.time), TAU[form] if tableau.variable == "tau" else tableau.variable
-    at, converted = [start], [from_x0(form, schedule, start)]
-    folded: list[tuple[Any, list[Any]]] = [(np.ones(n), [])]
-    for node, row in zip((*tableau.nodes, 1.0), tableau.rows, strict=True):
-        point = between(variable, schedule, start, end, node)
-        scale, span = tau_span(form, start, point)
-        if tableau.variable == "log_snr":
-            values = np.stack([at[int(i)].log_snr for i in row], 1)
-            shares = (Quadrature(form, variable, schedule, start, point).weights(values) * span[:, None]).T
-            slopes = {int(i): share for i, share in zip(row, shares, strict=True)}
+    n, nodes = len(ends), (0.0, *tableau.nodes, 1.0)
+    variable = TAU[form] if tableau.variable == "tau" else tableau.variable
+    at: dict[float, Point] = {0.0: start, 1.0: end}
+    rows: dict[float, Sequence[Point]] = {1.0: ends}
+    inner = sorted({*nodes} - {*at})
+    if inner:
+        middle = between(variable, schedule, start, end, np.array(inner))
+        at |= {node: middle.cut(k * n, (k + 1) * n) for k, node in enumerate(inner)}
+        rows |= {node: at[node].rows() for node in inner}
+    converted = {node: from_x0(form, schedule, at[node]) for node in {*nodes[:-1]}}
+    spans = {node: tau_span(form, start, at[node]) for node in {*nodes[1:]}}
+    folded: list[tuple[Array, Array]] = [(np.ones(n), np.zeros((0, n)))]
+    columns = []
+    for node, row in zip(nodes[1:], tableau.rows, strict=True):
+        scale, span = spans[node]
+        if tableau.variable == "log_snr" and len(row) > 1:
+            places = np.stack([at[nodes[i]].log_snr - start.log_snr for i in row], 1)
+            u, mass, _ = quadrature(form, variable, schedule, start, at[node])
+            shares = differences(places) @ moments(u, mass, places)[:, :, None]
+            slopes = [(i, span * shares[:, j, 0]) for j, i in enumerate(row)]
+        elif tableau.variable == "log_snr":
+            slopes = [(row[0], span)]
         else:
-            slopes = {i: span * (weight / sum(row)) for i, weight in enumerate(row) if weight}
-        weights = [np.zeros(n) for _ in at]
-        for i, slope in slopes.items():
-            (a, b), (of_x, of_x0) = converted[i], folded[i]
+            slopes = [(i, span * (weight / sum(row))) for i, weight in enumerate(row) if weight]
+        weights = np.zeros((len(folded), n))
+        for i, slope in slopes:
+            (a, b), (of_x, of_x0) = converted[nodes[i]], folded[i]
             scale = scale + slope * a * of_x
-            for j, weight in enumerate(of_x0):
-                weights[j] = weights[j] + slope * a * weight
-            weights[i] = weights[i] + slope * b
+            weights[:i] += slope * a * of_x0
+            weights[i] += slope * b
         folded.append((scale, weights))
-        if len(at) < len(tableau.rows):
-            converted.append(from_x0(form, schedule, point))
-        at.append(point)
-    columns = [
-        map(Stage, point.rows(), scale.tolist(), zip(*(weight.tolist() for weight in weights), strict=True))
-        for point, (scale, weights) in zip(at[1:], folded[1:], strict=True)
-    ]
-    return [list(row) for row in zip(*columns, strict=True)]
+        columns.append(map(Stage, rows[node], scale.tolist(), zip(*weights.tolist(), strict=True)))
+    return list(map(list, zip(*columns, strict=True)))
 
 
 def through_stages(now: Any, x: Tensor, start: Point, plan: Plan, denoise: Denoise) -> tuple[Tensor, Tensor]:
@@ -179,41 +176,33 @@ class RungeKutta(Solver):
         """Whether churn adds noise."""
         return self.churn is not None and self.churn.amount > 0
 
-    def coefficients(self, schedule: Schedule, points: tuple[Point, ...]) -> tuple[_Step, ...]:
+    def coefficients(self, schedule: Schedule, table: Point, points: Sequence[Point]) -> Sequence[_Step]:
         """Stages, weights and churn of every interval."""
-        table, n = gather(points), len(points) - 1
-        start, end = table.cut(0, n), table.cut(1, n + 1)
-        first: list[Point] = list(points[:-1])
+        n = len(points) - 1
+        start, first, ends = table.cut(0, n), points[:-1], points[1:]
         lifts: list[tuple[float, float] | None] = [None] * n
         if self.stochastic:
             start, lifts = self._raise(schedule, start)
             first = start.rows()
-        inner = np.flatnonzero(~is_end(start, end))
-        low, high = (int(inner[0]), int(inner[-1]) + 1) if len(inner) else (0, 0)
-        rows = iter(
-            stages(TABLEAUS[self.tableau], self.predict, schedule, start.cut(low, high), end.cut(low, high))
-            if len(inner)
-            else ()
-        )
-        steps = []
-        for k in range(n):
-            if low <= k < high:
-                *within, (_, scale, weights) = next(rows)
-            else:
-                within, (scale, weight) = [], first_order(first[k], points[k + 1])
-                weights = (weight,)
-            steps.append(_Step(first[k], lifts[k], tuple(within), scale, weights))
-        return tuple(steps)
+        low, high, outer = divide(first, ends)
+        steps = {k: _Step(first[k], lifts[k], (), scale, (weight,)) for k, (scale, weight) in outer.items()}
+        if low < high:
+            args = start.cut(low, high), table.cut(low + 1, high + 1), ends[low:high]
+            rows = stages(TABLEAUS[self.tableau], self.predict, schedule, *args)
+            for k, (*within, (_, scale, weights)) in enumerate(rows, low):
+                steps[k] = _Step(first[k], lifts[k], tuple(within), scale, weights)
+        return [steps[k] for k in range(n)]
 
     def _raise(self, schedule: Schedule, start: Point) -> tuple[Point, list[tuple[float, float] | None]]:
         """Where the intervals start once churn has raised them, and what leads there."""
         churn, level = self.churn or Churn(0.0), np.exp(-start.log_snr)
         raised = level * (1 + min(churn.amount / len(level), math.sqrt(2) - 1))
-        usable = ~is_end(start, start) & (level >= churn.low) & (level <= churn.high)
+        usable = (start.alpha >= base.ALPHA_FLOOR) & (level > 0) & (level < math.inf)
+        usable &= (level >= churn.low) & (level <= churn.high)
         log_snr = -np.log(np.where(usable, raised, 1.0))
         t = schedule.t_of_log_snr(torch.from_numpy(log_snr)).clamp_max(schedule.t_max).numpy()
         usable &= t > start.time
-        point = tabulate(schedule, torch.from_numpy(np.where(usable, t, start.time)))
+        point = base.tabulate(schedule, np.where(usable, t, start.time))
         added = np.where(usable, np.exp(-2 * point.log_snr) - level**2, 0.0)
         noise = point.alpha * np.sqrt(np.maximum(added, 0.0)) * churn.scale
         scale = np.where(usable, point.alpha / np.where(usable, start.alpha, 1.0), 1.0)
