@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -16,7 +17,7 @@ from polydiff.core.adapter import Condition, Item
 from polydiff.core.errors import ConfigError, PolydiffError, unknown
 from polydiff.core.grids import GRIDS
 from polydiff.core.objectives import RESERVED
-from polydiff.core.solvers.names import NAMES
+from polydiff.core.solvers import NAMES, Solver
 from polydiff.core.tree import State, leaves
 
 MOST_STEPS = 100_000  # of a solver; a slip such as 1e9 would fill the memory with coefficients
@@ -28,7 +29,7 @@ TINY = 16  # numbers in a state; so small ones show nothing by themselves, only 
 class Settings:
     """How to sample: what a run's ``sampling`` section holds, with a caller's own choices put over it."""
 
-    solver: str
+    solver: str | Solver
     grid: str
     steps: int
     guidance: float = 1.0
@@ -37,7 +38,7 @@ class Settings:
 
 def sampling_settings(
     section: Mapping[str, Any],
-    solver: str | None = None,
+    solver: str | Solver | None = None,
     grid: str | None = None,
     steps: int | None = None,
     guidance: float | None = None,
@@ -51,19 +52,20 @@ def sampling_settings(
     interval = section.get("interval")
     if interval is not None and not _is_interval(interval):
         raise ConfigError(f"sampling.interval={interval} must be [low, high] in log-SNR with low < high, or null")
+    scale = section.get("guidance", 1.0) if guidance is None else guidance
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
+        raise ConfigError(f"guidance={scale} must be a finite number")
     chosen = Settings(
         solver=section["solver"] if solver is None else solver,
         grid=section["grid"] if grid is None else grid,
         steps=section["steps"] if steps is None else steps,
-        guidance=float(section.get("guidance", 1.0) if guidance is None else guidance),
+        guidance=float(scale),
         interval=None if interval is None else (float(interval[0]), float(interval[1])),
     )
-    if chosen.solver not in NAMES:
+    if not isinstance(chosen.solver, Solver) and chosen.solver not in [*NAMES]:
         raise unknown("solver", chosen.solver, NAMES)
-    if chosen.grid not in GRIDS:
+    if chosen.grid not in [*GRIDS]:
         raise unknown("grid", chosen.grid, GRIDS)
-    if not math.isfinite(chosen.guidance):
-        raise ConfigError(f"guidance={chosen.guidance} must be a finite number")
     positive(steps=chosen.steps)
     if chosen.steps > MOST_STEPS:
         raise ConfigError(f"steps={chosen.steps} must be at most {MOST_STEPS}")
@@ -104,6 +106,8 @@ def asked(
         ConfigError: an unknown condition, or a value it does not have; the message lists the valid ones.
         DataError: a file that cannot be read.
     """
+    if not isinstance(cond, Mapping):
+        raise ConfigError(f"cond={cond!r} must be a mapping of values by name: one of {', '.join(declared) or 'none'}")
     items = [Asked() for _ in range(n)]
     for name, value in cond.items():
         if name not in declared:
@@ -142,6 +146,8 @@ def read_files(key: str, choice: Any, read: Callable[[Path], Any]) -> list[File]
         choice: the path.
         read: raises a PolydiffError for a file that it cannot use.
     """
+    if not isinstance(choice, str | Path):
+        raise ConfigError(f"{key} must be a file or a folder, not {type(choice).__name__}")
     path = Path(choice).expanduser()
     if path.is_file():
         return [File(read(path), str(path))]
@@ -196,19 +202,20 @@ def _condition(name: str, condition: Condition, names: Sequence[object], value: 
             tensor = None
         if tensor is None or not _fits(tensor, condition.shape or ()) or not tensor.isfinite().all():
             shape = " x ".join("any" if size is None else str(size) for size in condition.shape or ()) or "one"
-            shown = f"a tensor of {' x '.join(map(str, value.shape))}" if isinstance(value, Tensor) else str(value)
             file = "a file, a folder, or " if condition.read is not None else ""
-            raise ConfigError(f"cond.{name}={_short(shown)} must be {file}{shape} finite number(s), or a list of such")
+            raise ConfigError(f"cond.{name}={_shown(value)} must be {file}{shape} finite number(s), or a list of such")
         return tensor
     classes = [str(entry) for entry in names]
     if isinstance(value, Tensor):
-        value = value.item()
+        value = value.item() if value.numel() == 1 else _shown(value)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(classes):
         return torch.tensor(value)
     if isinstance(value, str) and value in classes:
         return torch.tensor(classes.index(value))
     shown = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
-    raise ConfigError(f"cond.{name}={value}: valid are the indices 0 to {len(classes) - 1} and the names {shown}")
+    raise ConfigError(
+        f"cond.{name}={_shown(value)}: valid are the indices 0 to {len(classes) - 1} and the names {shown}"
+    )
 
 
 def lent(declared: Mapping[str, Condition], item: Item) -> bool:
@@ -237,8 +244,16 @@ def enough(like: State, many: int, numbers: int) -> int:
     return many if size <= TINY else max(4, min(SHOWN, numbers // size))
 
 
-def positive(**numbers: int) -> None:
-    """Raise ConfigError for the first number below 1."""
+def whole(**numbers: Any) -> None:
+    """Raise ConfigError for the first that is no whole number."""
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, Integral):
+            raise ConfigError(f"{name}={number!r} must be a whole number")
+
+
+def positive(**numbers: Any) -> None:
+    """Raise ConfigError for the first that is no whole number of at least 1."""
+    whole(**numbers)
     for name, number in numbers.items():
         if number < 1:
             raise ConfigError(f"{name}={number} must be at least 1")
@@ -253,7 +268,8 @@ def _fits(tensor: Tensor, shape: Sequence[int | None]) -> bool:
     return tensor.ndim == len(shape) and all(n in (None, own) for n, own in zip(shape, tensor.shape, strict=True))
 
 
-def _short(text: str) -> str:
+def _shown(value: Any) -> str:
+    text = f"a tensor of {' x '.join(map(str, value.shape))}" if isinstance(value, Tensor) else str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

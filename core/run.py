@@ -16,7 +16,7 @@ from polydiff.core.errors import CheckpointError, ConfigError, unknown
 from polydiff.core.grids import as_grid
 from polydiff.core.guidance import cfg
 from polydiff.core.noise import Noise
-from polydiff.core.request import Asked, Settings, asked, check_fields, positive, sampling_settings
+from polydiff.core.request import Asked, Settings, asked, check_fields, positive, sampling_settings, whole
 from polydiff.core.sampling import sample
 from polydiff.core.solvers import Solver, resolve
 from polydiff.core.tasks import Task, grid_of, grouped, guide_of, work, x_start_of
@@ -62,6 +62,8 @@ class Run:
             CheckpointError: no folder, no valid checkpoint, or one that was altered.
             ConfigError: its configuration names something that does not exist here.
         """
+        if not isinstance(path, str | Path):
+            raise CheckpointError(f"a run is opened by the path of its folder, not by {path!r}")
         path = check_folder(Path(path))
         if (path / "manifest.json").is_file():
             found, path = checkpoints.load(path), path.resolve().parents[1]
@@ -86,7 +88,7 @@ class Run:
 
     def settings(
         self,
-        solver: str | None = None,
+        solver: str | Solver | None = None,
         grid: str | None = None,
         steps: int | None = None,
         guidance: float | None = None,
@@ -99,7 +101,7 @@ class Run:
         n: int,
         cond: Mapping[str, Any] | None = None,
         size: Mapping[str, Any] | None = None,
-        solver: str | None = None,
+        solver: str | Solver | None = None,
         steps: int | None = None,
         grid: str | None = None,
         guidance: float | None = None,
@@ -122,7 +124,7 @@ class Run:
             cond: conditions by name: a class as index or name, a tensor, a file, or a folder of files where the adapter
                 reads them; a list that cycles over the items; None for without.
             size: changes to the size that training had, e.g. ``{"height": 16}``.
-            solver, steps, grid, guidance: default to the run's ``sampling`` section.
+            solver: a name in ``NAMES`` or a Solver; it, steps, grid and guidance default to the run's ``sampling`` section.
             seed: of all draws.
             batch: items in a network call.
             trajectory: keep this many predicted clean states of each item in ``meta["trajectory"]``, (k, *dims).
@@ -145,6 +147,7 @@ class Run:
         settings = self.settings(solver, grid, steps, guidance)
         width = batch if deterministic_batch is None else deterministic_batch
         positive(**{"n": n, "batch" if deterministic_batch is None else "deterministic_batch": width})
+        whole(seed=seed, trajectory=trajectory)
         self.check_count(n, size)
         wanted = self._asked(cond or {}, n, size or {})
         values = [item.cond for item in wanted]
@@ -219,6 +222,8 @@ class Run:
 
     def _blank(self, size: Mapping[str, Any], cond: dict[str, Tensor], task: Task | None = None) -> Item:
         own = self.facts.get("size") or {}
+        if not isinstance(size, Mapping):
+            raise ConfigError(f"size={size!r} must be a mapping of numbers by name: {', '.join(own)}")
         for name in size:
             if name not in own:
                 raise unknown("size", f"size.{name}", [f"size.{key}" for key in own])
@@ -288,9 +293,9 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()  # a device without numbers, such as meta, is none
         return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ConfigError(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from error
 
 

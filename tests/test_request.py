@@ -55,15 +55,31 @@ def test_an_interval_that_is_none_is_named(interval: Any) -> None:
         sampling_settings(section)
 
 
-@pytest.mark.parametrize(("steps", "text"), [(0, "at least 1"), (10**9, "steps=1000000000 must be at most 100000")])
-def test_steps_have_bounds(steps: int, text: str) -> None:
+@pytest.mark.parametrize(
+    ("steps", "text"),
+    [
+        (0, "at least 1"),
+        (10**9, "steps=1000000000 must be at most 100000"),
+        (2.5, "steps=2.5 must be a whole number"),
+        (True, "steps=True must be a whole number"),
+        ("4", "steps='4' must be a whole number"),
+        (float("nan"), "steps=nan must be a whole number"),
+    ],
+)
+def test_steps_have_bounds(steps: Any, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         sampling_settings({"solver": "heun", "grid": "karras", "steps": 9}, steps=steps)
 
 
-def test_guidance_is_a_finite_number() -> None:
-    with pytest.raises(ConfigError, match="guidance=nan must be a finite number"):
-        sampling_settings({"solver": "heun", "grid": "karras", "steps": 9, "guidance": float("nan")})
+@pytest.mark.parametrize("guidance", [float("nan"), float("inf"), "2", True, [1.0]])
+def test_guidance_is_a_finite_number(guidance: Any) -> None:
+    with pytest.raises(ConfigError, match=r"guidance=.* must be a finite number"):
+        sampling_settings({"solver": "heun", "grid": "karras", "steps": 9, "guidance": guidance})
+
+
+def test_a_class_is_one_number() -> None:
+    with pytest.raises(ConfigError, match=r"cond\.label=a tensor of 2 x 2: valid are the indices 0 to 2"):
+        asked(label=torch.zeros(2, 2))
 
 
 @pytest.mark.parametrize(

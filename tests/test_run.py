@@ -15,6 +15,7 @@ from polydiff.core.adapter import Item
 from polydiff.core.denoiser import Prediction
 from polydiff.core.errors import CheckpointError, ConfigError, DataError, DivergenceError
 from polydiff.core.run import Run
+from polydiff.core.solvers import Multistep, RungeKutta
 
 
 @pytest.fixture
@@ -78,6 +79,29 @@ def test_no_run_is_one_clear_error(tmp_path: Path) -> None:
 def test_a_device_that_is_not_there_is_one_clear_error(moons_run: Path) -> None:
     with pytest.raises(ConfigError, match="device=abacus cannot be used here"):
         Run.load(moons_run, "abacus")
+
+
+@pytest.mark.parametrize("device", ["meta", None, "nowhere"])
+def test_a_device_that_holds_no_numbers_is_none(moons_run: Path, device: Any) -> None:
+    with pytest.raises(ConfigError, match=f"device={device} cannot be used here"):
+        Run.load(moons_run, device)
+
+
+@pytest.mark.parametrize("path", [None, 5])
+def test_a_run_is_opened_by_its_path(path: Any) -> None:
+    with pytest.raises(CheckpointError, match="opened by the path of its folder"):
+        polydiff.load(path)
+
+
+def test_a_solver_of_ones_own_is_taken_as_it_is(run: Run) -> None:
+    words: dict[str, Any] = {"steps": 5, "seed": 1}
+    assert torch.equal(
+        stacked(run.sample(3, solver=RungeKutta("heun", "eps"), **words)),
+        stacked(run.sample(3, solver="heun", **words)),
+    )
+    assert not torch.equal(
+        stacked(run.sample(3, solver=Multistep(3), **words)), stacked(run.sample(3, solver="dpmpp-2m", **words))
+    )
 
 
 @pytest.mark.parametrize("solver", ["dpmpp-2m", "ddpm", "edm"])
@@ -156,7 +180,17 @@ def test_a_label_out_of_range_names_the_valid_ones(run: Run, value: Any) -> None
         ({"batch": 0}, "batch=0 must be at least 1"),
         ({"deterministic_batch": 0}, "batch=0 must be at least 1"),
         ({"solver": "hun"}, "unknown solver 'hun': did you mean heun"),
+        ({"solver": 5}, "unknown solver '5'"),
         ({"grid": "karas"}, "unknown grid 'karas': did you mean karras"),
+        ({"grid": [0.9, 0.1]}, "unknown grid .* valid: ddpm-leading"),
+        ({"n": 1.5}, "n=1.5 must be a whole number"),
+        ({"n": True}, "n=True must be a whole number"),
+        ({"batch": "8"}, "batch='8' must be a whole number"),
+        ({"seed": 1.5}, "seed=1.5 must be a whole number"),
+        ({"seed": None}, "seed=None must be a whole number"),
+        ({"trajectory": 1.5}, "trajectory=1.5 must be a whole number"),
+        ({"cond": [3]}, r"cond=\[3\] must be a mapping of values by name: one of label"),
+        ({"size": 8}, "size=8 must be a mapping of numbers by name"),
         ({"cond": {"lable": 0}}, "unknown condition 'lable': did you mean label"),
         ({"cond": {"label": []}}, r"cond.label=\[\] is empty"),
         ({"size": {"height": 3}}, "unknown size 'size.height'"),
