@@ -89,6 +89,8 @@ def inverse(
     """
     if options.noise < 0:
         raise ConfigError(f"task.noise={options.noise} must be 0 or more: it is a standard deviation")
+    if options.zeta is not None and options.method != "dps":
+        raise ConfigError(f"task.zeta={options.zeta:g} is the step of dps alone: leave it out, or take task.method=dps")
     elements = sum(leaf.numel() for leaf in leaves(run.adapter.shape(run.facts["size"], {})[0]))
     zeta = 5 * elements**0.5 if options.zeta is None else options.zeta
     guides = {
@@ -116,6 +118,10 @@ def inpaint(x0: Tensor, known: Tensor, options: Known, run: Run) -> Task:
     """Fill in what is not known of x0; ``known`` is bool, shaped like it. What is known without noise is kept."""
     x0 = torch.where(known, x0, 0)
     replacement, reference = Replacement(x0, known), Item(x0, meta={"kept": known})
+    if options.method in ("replacement", "repaint") and options.noise:
+        raise ConfigError(
+            f"task.method={options.method} keeps what is known as it is, task.noise={options.noise:g} needs mmps, pigdm or dps"
+        )
     if options.method == "replacement":
         return Task(like=x0, guide=replacement, reference=reference)
     if options.method == "repaint":

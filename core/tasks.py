@@ -19,7 +19,7 @@ from torch import Tensor
 
 from polydiff.core.adapter import Adapter, Item, Lazy
 from polydiff.core.commands.options import fill
-from polydiff.core.errors import unknown
+from polydiff.core.errors import ConfigError, unknown
 from polydiff.core.grids import Grid, make_grid
 from polydiff.core.noise import Noise
 from polydiff.core.request import File, read_files
@@ -126,7 +126,7 @@ def work(run: Run, name: str, given: Any, options: Mapping[str, Any], size: Mapp
         seed: of its noise.
 
     Raises:
-        ConfigError: see ``choose``; or no such file. DataError: a file that cannot be read.
+        ConfigError: see ``choose``; no such file, or no Item. DataError: a file that cannot be read.
     """
     make, chosen = choose(run.adapter, name, options)
     at = copy.copy(run)
@@ -137,6 +137,10 @@ def work(run: Run, name: str, given: Any, options: Mapping[str, Any], size: Mapp
         if isinstance(choice, Item):
             inputs.append(choice)
             continue
+        if not isinstance(choice, str | Path):
+            raise ConfigError(
+                f"input must be an Item (a normalised state), a file or a folder, not {type(choice).__name__}"
+            )
         files: list[File] = read_files("input", choice, lambda path: codec.encode(codec.read(path)))
         inputs += [Item(file.value, id=Path(file.path).name, meta={"file": file.path}) for file in files]
     return Work(name, make, chosen, inputs, at, seed)

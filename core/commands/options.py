@@ -186,8 +186,16 @@ def _as_declared(entry: Declared, word: str, value: Any) -> Any:
         found = _converted(kind, value)
         if found is not MISSING:
             return found
-    expected = " or ".join(_WORDS[get_origin(kind) or kind] for kind in entry.kinds if kind is not type(None))
+    expected = " or ".join(_words(kind) for kind in entry.kinds if kind is not type(None))
     raise ConfigError(f"{word!r}: {entry.name} must be {expected}")
+
+
+def _words(kind: Any) -> str:
+    """What a type is called, a list with what it holds."""
+    if get_origin(kind) is not list:
+        return _WORDS[kind]
+    items = [one for one in get_args(get_args(kind)[0]) or get_args(kind) if one is not type(None)]
+    return f"a list, each of it {' or '.join(_WORDS[one] for one in items)}"
 
 
 def _converted(kind: Any, value: Any) -> Any:

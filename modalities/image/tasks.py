@@ -47,6 +47,8 @@ def _known(x0: Tensor, options: Inpaint) -> Tensor:
     if options.known is not None:
         if options.box is not None:
             raise ConfigError("give task.box or task.known, not both")
+        if not options.known.is_file():
+            raise ConfigError(f"task.known={options.known}: no such file")
         pixels = torch.from_numpy(Codec({"size": {"channels": 1}}).read(options.known))[..., 0]
         if pixels.shape != (height, width):
             h, w = pixels.shape
@@ -81,6 +83,11 @@ def super_resolution(input: Item | None, options: SuperResolution, run: Run, noi
     height, width = size
     full = tuple(own) == (height, width)
     factor = options.factor if options.factor is not None else 2 if full else max(1, round(height / own[0]))
+    if own[0] > height or own[1] > width:
+        raise ConfigError(
+            f"input={named(input)} is {own[1]}x{own[0]}, larger than the samples, {width}x{height}: reduce it, or ask for "
+            "larger ones by size.height and size.width"
+        )
     divides = factor >= 2 and height % factor == 0 and width % factor == 0
     if not divides:
         valid = [str(n) for n in range(2, min(height, width) + 1) if height % n == 0 and width % n == 0]

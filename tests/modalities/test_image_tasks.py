@@ -164,7 +164,8 @@ def broken(folder: Path) -> Path:
         ("inpaint", {"known": mask}, "mask.png is 4x5, the picture is 8x8"),
         ("inpaint", {"known": mask, "box": [0, 0, 2, 2]}, "give task.box or task.known, not both"),
         ("inpaint", {"known": broken}, "broken.png"),
-        ("inpaint", {"known": Path("/nowhere.png")}, "/nowhere.png"),
+        ("inpaint", {"known": Path("/nowhere.png")}, "/nowhere.png: no such file"),
+        ("inpaint", {"known": lambda folder: folder}, "no such file"),
         ("inpaint", {"method": "dsp"}, "unknown task.method 'dsp': did you mean dps"),
         (
             "super-resolution",
