@@ -78,6 +78,10 @@ def test_autoguidance_extrapolates_from_the_weak_network():
         torch.testing.assert_close(
             autoguidance(as_field(strong, field), as_field(weak, "x0"), 1.7)(x, HALF).x0, expected
         )
+    # bare states are x0_hat, on either side
+    for pair_ in ((strong.x0_hat, weak.x0_hat), (strong.x0_hat, as_field(weak, "v"))):
+        torch.testing.assert_close(autoguidance(*pair_, 1.7)(x, HALF), expected)
+    torch.testing.assert_close(autoguidance(as_field(strong, "eps"), weak.x0_hat, 1.7)(x, HALF).x0, expected)
     guide = autoguidance(as_field(strong, "x0"), as_field(weak, "x0"), 1.7, interval=(50.0, 60.0))
     assert torch.equal(guide(x, HALF).x0, strong.x0_hat(x, HALF))  # outside of the window: the strong one alone
 
