@@ -45,9 +45,7 @@ def log_prob(
     mask: Tensor | None = None,
     generator: Any = None,
 ) -> Tensor:
-    """Log density of states under the model's probability flow from the prior at t_max, N(0, sigma(t_max)^2).
-
-    What the forward process leaves at t_max differs from the prior, and that difference is part of the result.
+    """Log density of states under the model's probability flow from the prior at t_max, whatever the data leave there.
 
     Args:
         denoise, process: as in ``sample``; gradients with respect to the state are taken through ``denoise``.
@@ -78,7 +76,7 @@ def log_prob(
     if start.sigma == 0:
         raise ScheduleError(f"at t = {low} sigma is 0 and there is no density to follow: take a larger t_min")
     dims = process.dims(x0, mask).to("cpu", torch.float64)
-    if probes < 1:
+    if not exact and probes < 1:
         raise ConfigError(f"probes = {probes} must be at least 1")
     noise = as_noise(generator, len(x0), process.mask_axis)
     signs = [process.project(noise.draw(k, "probe", x0, mask=mask).sign(), mask) for k in range(0 if exact else probes)]
@@ -148,8 +146,7 @@ def elbo(
         x0: clean data (b, *dims).
         steps, bins: of the chain, see ``VariationalBound``; with bins the bound is on the probability of the levels,
             without on the density of x0.
-        mask: valid elements, bool (b, n).
-        generator: of the noise.
+        mask, generator: valid elements, bool (b, n), and the source of the noise.
 
     Returns:
         Nats (b,), whose expectation over the noise is the bound; -nats / (d ln 2) are bits per dimension.
@@ -172,13 +169,10 @@ def elbo(
 
 
 def dequantise(x: Tensor, bins: int = 256, low: float = -1.0, high: float = 1.0, generator: Any = None) -> Tensor:
-    """Spread values that stand on ``bins`` equally spaced levels uniformly over cells that fill [low, high].
+    """Spread values (b, *dims) on ``bins`` equally spaced levels uniformly over cells that fill [low, high].
 
-    Level k, stored as low + (high - low) k/(bins - 1), becomes low + (high - low) (k + u)/bins with u uniform in [0, 1).
-
-    Args:
-        x: levels (b, *dims).
-        generator: of u, as in ``sample``.
+    Level k, stored as low + (high - low) k/(bins - 1), becomes low + (high - low) (k + u)/bins, u uniform in [0, 1) drawn
+    from ``generator``, as in ``sample``.
 
     Raises:
         ConfigError: fewer than 2 bins, or values that are not on the levels.
@@ -202,9 +196,9 @@ def bits_per_dim(
 
     .. math:: -\frac{\log p + d\log\alpha}{d\,\ln 2} - \log_2\frac{high - low}{bins}
 
-    so 8-bit levels add 7 bits on [-1, 1] and 8 on [0, 1]. ``log_prob`` gives the density of states at t_min: hand it
-    alpha(t_min) times the dequantised data and give that ``alpha`` here. What is then measured is data with noise of
-    sigma(t_min)/alpha(t_min) added, which should be far below a cell, (high - low)/bins.
+    ``log_prob`` gives the density of states at t_min: hand it alpha(t_min) times the dequantised data and give that
+    ``alpha`` here. What is then measured is data with noise of sigma(t_min)/alpha(t_min) added, which should be far below
+    a cell, (high - low)/bins.
 
     Args:
         log_p: nats (b,).

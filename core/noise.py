@@ -44,12 +44,11 @@ class Noise:
         return torch.Generator().manual_seed(seed)
 
     def draw(self, k: int, purpose: str, like: Any, t: Any = None, s: Any = None, mask: Tensor | None = None) -> Any:
-        """Standard normal draws shaped like a state (b, *dims), zero on padding.
+        """Standard normal draws with the shape, dtype and device of a state ``like`` (b, *dims), zero on padding.
 
         Args:
             k: number of the draw, usually the interval.
             purpose: what for; each purpose has its own stream, and each leaf of a product its own purpose.
-            like: gives shape, dtype and device.
             t, s: log-SNR at the interval's ends, for Brownian noise; not used where it does not rise from t to s.
             mask: valid elements, bool (b, n); an item's draw has the shape of its valid part.
         """
@@ -120,20 +119,15 @@ class Projected:
 def as_noise(
     source: Noise | torch.Generator | Sequence[torch.Generator] | int | None, n: int, mask_axis: int = 1
 ) -> Noise:
-    """Make per-item streams from what a caller has.
+    """Make streams for n items from what a caller has.
 
-    Args:
-        source: a Noise; a generator, from which one seed per item is drawn once; one generator per item; a seed; or None
-            for a seed from the operating system.
-        n: batch size.
-        mask_axis: as in ``Noise``.
+    That is a Noise; a generator, from which one seed per item is drawn once; one generator per item; a seed; or None for a
+    seed from the operating system.
     """
     if isinstance(source, Noise):
         return source
-    if isinstance(source, int):
-        return Noise(source, range(n), mask_axis=mask_axis)
-    if source is None:
-        return Noise(torch.Generator().seed(), range(n), mask_axis=mask_axis)
+    if source is None or isinstance(source, int):
+        return Noise(torch.Generator().seed() if source is None else source, range(n), mask_axis=mask_axis)
     generators = [source] * n if isinstance(source, torch.Generator) else list(source)
     if len(generators) != n:
         raise ConfigError(f"{len(generators)} generators for a batch of {n}: give one generator, or one per item")

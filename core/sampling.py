@@ -19,7 +19,7 @@ Callback = Callable[[int, Tensor, Any, Any], None]
 
 
 class Counter:
-    """A Denoise that counts: ``calls`` is the number of batched calls made so far."""
+    """A Denoise that counts its batched calls, a solver's function evaluations, in ``calls``."""
 
     def __init__(self, denoise: Denoise) -> None:
         self.denoise, self.calls = denoise, 0
@@ -30,7 +30,7 @@ class Counter:
         return self.denoise(x_t, t)
 
 
-count = Counter  # count(denoise).calls are a solver's function evaluations
+count = Counter
 
 
 @torch.no_grad()
@@ -66,69 +66,20 @@ def sample(
     Raises:
         ConfigError: unknown names, a solver that does not work on this process, a state that is not finite, or a denoiser
             that returns anything but a tensor like the state. ScheduleError: a grid that does not decrease or starts
-            where the denoiser says nothing. DivergenceError: the denoiser or the result is not finite.
+            where the denoiser says nothing. DivergenceError: the denoiser or the result is not finite. Only the first
+            step's predictions are looked at; a run that fails is repeated, with the same noise, to say where.
     """
-    levels = as_grid(grid, steps, process)
-    return _drive(denoise, process, x_T, resolve(solver), levels, mask, fixed, generator, callback)
-
-
-@torch.no_grad()
-def encode(
-    denoise: Denoise,
-    process: Any,
-    x0: Any,
-    solver: str | Solver = "rk45",
-    steps: int = 10,
-    grid: str | Grid | Tensor | Sequence[float] = "karras",
-    mask: Tensor | None = None,
-) -> Any:
-    """Integrate the probability flow from data to noise: ``sample`` without noise, the other way.
-
-    Args:
-        denoise, process, solver, mask: as in ``sample``; the solver draws no noise.
-        x0: state at the last time of the grid, (b, *dims); for a named grid that is the process's t_min.
-        steps: number of intervals of a named grid, which runs to t_min and has no final interval.
-        grid: as in ``sample``, decreasing, although it is walked from its end to its start.
-
-    Returns:
-        State at the first time of the grid; ``sample`` on the same times leads back.
-
-    Raises:
-        ConfigError: as ``sample``, or a solver that draws noise. ScheduleError, DivergenceError: as ``sample``.
-    """
+    check_state(x_T)
     method = resolve(solver)
-    if method.stochastic:
-        raise ConfigError(f"encode needs a solver without noise, not {solver}: take rk45, ddim or heun")
-    down = make_grid(grid, steps, process, final=False) if isinstance(grid, str) else as_grid(grid, steps, process)
-    token = WITHOUT_MEMORY.set(True)
-    try:
-        return _drive(denoise, process, x0, method, down.reversed(), mask)
-    finally:
-        WITHOUT_MEMORY.reset(token)
-
-
-def _drive(
-    denoise: Denoise,
-    process: Any,
-    x: Any,
-    method: Solver,
-    grid: Grid,
-    mask: Tensor | None = None,
-    fixed: Tensor | None = None,
-    generator: Any = 0,
-    callback: Callback | None = None,
-) -> Any:
-    """Run a solver over a grid. Only the first step's predictions are looked at; a run that fails is repeated with all."""
-    check_state(x)
-    plan = method.plan(process, grid)
-    noise = Projected(as_noise(generator, batch_size(x), getattr(process, "mask_axis", 1)), process, mask, fixed)
+    plan = method.plan(process, as_grid(grid, steps, process))
+    noise = Projected(as_noise(generator, batch_size(x_T), getattr(process, "mask_axis", 1)), process, mask, fixed)
     k, last = 0, None
 
     def hold(state: Any) -> Any:
         """Put fixed elements back to their value at the start."""
         if fixed is None:
             return state
-        return tree_map(lambda new, old: torch.where(process.valid(new, fixed).bool(), old, new), state, x)
+        return tree_map(lambda new, old: torch.where(process.valid(new, fixed).bool(), old, new), state, x_T)
 
     def guarded(x_t: Any, t: Tensor) -> Any:
         nonlocal last
@@ -147,7 +98,7 @@ def _drive(
             return output
 
         nonlocal k
-        state = method.init(x, plan)
+        state = method.init(x_T, plan)
         use: Denoise = checked
         for k in range(len(plan)):
             state = method.step(state, k, plan, use, noise)
@@ -160,14 +111,48 @@ def _drive(
     try:
         result = run(strict=False)
     except (RuntimeError, DivergenceError):
-        run(strict=True)  # noise is the same again; it names a denoiser that is at fault
+        run(strict=True)  # it names a denoiser that is at fault
         raise
-    if not finite(result) or any(a.shape != b.shape for a, b in zip(leaves(result), leaves(x), strict=True)):
+    if not finite(result) or any(a.shape != b.shape for a, b in zip(leaves(result), leaves(x_T), strict=True)):
         run(strict=True)
         raise DivergenceError(
             f"the sample is not finite after {len(plan)} steps: try more steps, another grid, or less guidance"
         )
     return result
+
+
+@torch.no_grad()
+def encode(
+    denoise: Denoise,
+    process: Any,
+    x0: Any,
+    solver: str | Solver = "rk45",
+    steps: int = 10,
+    grid: str | Grid | Tensor | Sequence[float] = "karras",
+    mask: Tensor | None = None,
+) -> Any:
+    """Integrate the probability flow from data to noise: ``sample`` without noise, the other way.
+
+    Args:
+        denoise, process, solver, mask: as in ``sample``; the solver draws no noise.
+        x0: state at the last time of the grid, (b, *dims); for a named grid that is the process's t_min.
+        steps, grid: as in ``sample``, decreasing and walked from end to start; a named grid has no final interval.
+
+    Returns:
+        State at the first time of the grid; ``sample`` on the same times leads back.
+
+    Raises:
+        ConfigError: as ``sample``, or a solver that draws noise. ScheduleError, DivergenceError: as ``sample``.
+    """
+    method = resolve(solver)
+    if method.stochastic:
+        raise ConfigError(f"encode needs a solver without noise, not {solver}: take rk45, ddim or heun")
+    down = make_grid(grid, steps, process, final=False) if isinstance(grid, str) else as_grid(grid, steps, process)
+    token = WITHOUT_MEMORY.set(True)
+    try:
+        return sample(denoise, process, x0, method, grid=down.reversed(), mask=mask, generator=0)
+    finally:
+        WITHOUT_MEMORY.reset(token)
 
 
 def check_state(x: Any) -> None:

@@ -83,9 +83,6 @@ class VP(_LinearBeta):
     def dsigma(self, t: Tensor) -> Tensor:
         return 0.5 * self.beta(t) * torch.exp(-self.integral(t)) / self.sigma(t)
 
-    def log_snr(self, t: Tensor) -> Tensor:
-        return -0.5 * torch.log(torch.expm1(self.integral(t)))
-
     def t_of_log_snr(self, log_snr: Tensor) -> Tensor:
         return self._t_of_integral(torch.logaddexp(-2 * as_time(log_snr), torch.zeros((), dtype=torch.float64)))
 
@@ -104,9 +101,6 @@ class SubVP(_LinearBeta):
 
     def dsigma(self, t: Tensor) -> Tensor:
         return self.beta(t) * torch.exp(-self.integral(t))
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        return -0.5 * self.integral(t) - torch.log(self.sigma(t))
 
     def t_of_log_snr(self, log_snr: Tensor) -> Tensor:
         return self._t_of_integral(2 * torch.asinh(0.5 * torch.exp(-as_time(log_snr))))
@@ -149,9 +143,6 @@ class VE(_UnitAlpha):
     def dsigma(self, t: Tensor) -> Tensor:
         return self._log_ratio * self.sigma(t)
 
-    def log_snr(self, t: Tensor) -> Tensor:
-        return -math.log(self.sigma_min) - self._log_ratio * as_time(t)
-
     def t_of_log_snr(self, log_snr: Tensor) -> Tensor:
         return (-math.log(self.sigma_min) - as_time(log_snr)) / self._log_ratio
 
@@ -173,9 +164,6 @@ class EDM(_UnitAlpha):
 
     def dsigma(self, t: Tensor) -> Tensor:
         return self.rho * self.sigma_max * as_time(t) ** (self.rho - 1)
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        return -math.log(self.sigma_max) - self.rho * torch.log(as_time(t))
 
     def t_of_log_snr(self, log_snr: Tensor) -> Tensor:
         return torch.exp(-(as_time(log_snr) + math.log(self.sigma_max)) / self.rho)

@@ -60,12 +60,7 @@ def _log_normal_cdf(z: Tensor) -> Tensor:
 def log_bin_probability(x0: Tensor, mean: Tensor, log_variance: Tensor, bins: int) -> Tensor:
     """Log probability, in nats, that a Gaussian falls into the bin of x0; the bins at both ends are open.
 
-    Args:
-        x0: values at the centres of ``bins`` equal bins, the first at -1 and the last at 1.
-        mean, log_variance: of the Gaussian; all three of one shape.
-        bins: 2 or more.
-
-    Source: Ho 2020, eq. 13.
+    The centres of the 2 or more equal ``bins`` run from -1 to 1; the three tensors are of one shape. Source: Ho 2020, eq. 13.
     """
     half, scale = 1 / (bins - 1), torch.exp(-0.5 * log_variance)
     upper, lower = (x0 - mean + half) * scale, (x0 - mean - half) * scale
@@ -157,9 +152,8 @@ class VariationalBound:
 
         Args:
             denoise: called ``steps`` times; of a network with a second head where the variance is learned.
-            x0: clean states (b, *dims).
+            x0, mask: clean states (b, *dims) and their valid elements, bool (b, n).
             generator: of the noise, as in ``sample``.
-            mask: valid elements, bool (b, n).
         """
         process, schedule = self.process, self.process.schedule
         end, noise = as_time(schedule.t_max), as_noise(generator, len(x0), process.mask_axis)

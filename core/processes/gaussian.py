@@ -47,12 +47,9 @@ class GaussianProcess:
         return float(self.schedule.sigma(as_time(self.t_max)))
 
     def prior(self, like: Tensor, noise: Noise, mask: Tensor | None = None) -> Tensor:
-        """Draw the state at t_max from N(0, sigma(t_max)^2).
+        """Draw the state at t_max, shaped like (b, *dims), from N(0, sigma(t_max)^2), by the purpose ``"prior"``.
 
-        Args:
-            like: tensor (b, *dims) whose shape, dtype and device the result has.
-            noise: source of the draws, purpose ``"prior"``.
-            mask: valid elements, bool (b, n).
+        ``mask`` are the valid elements, bool (b, n).
         """
         return self._prior_std * self.project(noise.draw(0, "prior", like, mask=mask), mask)
 
