@@ -79,6 +79,26 @@ def test_derivatives_are_those_of_the_interpolant_and_continuous(name):
         torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("zero_terminal", [False, True])
+def test_diffusion_follows_from_alpha_and_sigma(zero_terminal):
+    """g2 = 2 sigma sigma' - 2 (alpha'/alpha) sigma^2, which the class writes without cancellation."""
+    schedule = Discrete(length=40, zero_terminal=zero_terminal)
+    t = torch.linspace(0.03, 0.97, 57, dtype=torch.float64)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    plain = 2 * sigma * schedule.dsigma(t) - 2 * schedule.dalpha(t) / alpha * sigma**2
+    torch.testing.assert_close(schedule.g2(t), plain, rtol=1e-9, atol=1e-9)
+
+
+def test_slopes_at_the_indices_are_exact_for_a_quartic():
+    """Differences of fourth order, one-sided at both ends, see 1 - alpha = a polynomial of degree four as it is."""
+    n, c = 12, (0.9, 0.6, -0.5, 0.3)
+    t = torch.arange(n + 1, dtype=torch.float64) / n
+    gamma = 0.6 * sum(a * t ** (k + 1) for k, a in enumerate(c))
+    slope = 0.6 * sum((k + 1) * a * t**k for k, a in enumerate(c))
+    schedule = Discrete(alphas_cumprod=tuple(((1 - gamma[1:]) ** 2).tolist()))
+    torch.testing.assert_close(schedule.dalpha(t), -slope, rtol=1e-9, atol=1e-9)
+
+
 def test_a_long_chain_with_linear_betas_is_vp():
     """beta(t) = N beta_i with 0.1 = 1000 x 1e-4 and 20 = 1000 x 0.02, the finer the closer."""
     t, vp = torch.linspace(0.01, 1, 50, dtype=F64), VP()

@@ -136,6 +136,18 @@ def test_solve_is_right_for_each_item_and_independent_of_the_others():
     assert all(bool((after <= before + 1e-12).all()) for before, after in itertools.pairwise(residuals))
 
 
+def test_solve_goes_on_to_its_tolerance_and_no_further():
+    scale = torch.linspace(1.0, 30.0, 12, dtype=torch.float64)
+    b, calls = randn(1, 12, seed=3), []
+    for tolerance in (1e-1, 1e-2, 1e-3):
+        before = len(calls)
+        residual = b - scale * solve(lambda u: (calls.append(u), scale * u)[1], b, 12, tolerance)
+        assert float(residual.norm() / b.norm()) <= tolerance
+        fewer = len(calls) - before - 1
+        residual = b - scale * solve(lambda u: scale * u, b, fewer, 0.0)
+        assert float(residual.norm() / b.norm()) > tolerance
+
+
 def test_solve_of_a_singular_problem_leaves_what_cannot_be_met():
     where = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
     found = solve(lambda u: 2 * where * u, torch.tensor([[1.0, 3.0, 5.0]], dtype=torch.float64), 6, 1e-9)

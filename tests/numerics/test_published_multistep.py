@@ -51,6 +51,30 @@ def test_dpmpp_3m_equals_the_published_recursion(schedule):
     torch.testing.assert_close(ours, data.x0_hat(x, t[-1]), rtol=1e-9, atol=1e-9)
 
 
+def test_blend_is_the_share_of_the_tangent():
+    """Through three predictions: 0 keeps the parabola, 1 takes its tangent at the newest, and between both is linear."""
+    data = Mixture(gaussian("vp"))
+    grid = make_grid("log_snr", 3, data.process, 0.9, 0.05, final=False)
+    x = start = data.draw(0.9, 3)
+    t, alpha, sigma, lam = _values(data.process, grid)
+    ends = {}
+    for blend in (0.0, 0.25, 1.0):
+        ends[blend] = sample(data.x0_hat, data.process, start, Multistep(3, blend=blend), grid=grid)
+    torch.testing.assert_close(ends[0.25], 0.75 * ends[0.0] + 0.25 * ends[1.0], rtol=1e-10, atol=1e-10)
+    seen: list[Any] = []
+    for i in range(3):
+        seen.insert(0, data.x0_hat(x, t[i]))
+        h, slope = lam[i + 1] - lam[i], torch.zeros(())
+        if i == 1:
+            slope = (seen[0] - seen[1]) / (lam[1] - lam[0])
+        if i == 2:
+            near, far = (seen[0] - seen[1]) / (lam[2] - lam[1]), (seen[1] - seen[2]) / (lam[1] - lam[0])
+            slope = near + (near - far) * (lam[2] - lam[1]) / (lam[2] - lam[0])
+        x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * torch.expm1(-h) * seen[0]
+        x = x + alpha[i + 1] * (h + torch.expm1(-h)) * slope
+    torch.testing.assert_close(ends[1.0], x, rtol=1e-9, atol=1e-9)
+
+
 def test_dpmpp_3m_sde_equals_the_published_recursion():
     """With noise: the same differences under the weight exp(2h) of eta = 1, the two-point step by its exact integral."""
     data, noise = Mixture(gaussian("edm")), Noise(5, range(3))

@@ -217,6 +217,10 @@ def test_going_up_leaves_padding_fixed_elements_and_the_mean_alone():
         torch.testing.assert_close(state[1].sum(0), torch.zeros(2, dtype=F64), rtol=0, atol=1e-12)
     z = Projected(Noise(0, range(2)), process, mask, fixed, "/pass-1").draw(0, "renoise", x)
     assert float(z[0].sum(0).abs().min()) > 1e-3  # items with fixed elements keep the mean of their noise
+    high, mid, low = (float(process.schedule.sigma(as_time(t))) for t in (0.5, 0.4, 0.3))
+    bottom = seen[0][0] * (0.5 + 0.5 * mid / high) * (0.5 + 0.5 * low / mid)
+    raised = bottom + math.sqrt(high**2 - low**2) * z[0]
+    torch.testing.assert_close(seen[2][0, [0, 2, 3, 4]], raised[[0, 2, 3, 4]], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
