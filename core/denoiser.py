@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 FIELDS = ("x0", "eps", "score", "v", "velocity")
 Pair = tuple[Tensor, Tensor]
+Named = Mapping[str, Tensor] | None
 
 
 def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -100,8 +101,7 @@ class Prediction:
         process: a Gaussian process; its schedule gives the conversions.
         x_t, t: the state (b, *dims) and its time, float64, () or (b,).
         x0, eps, score, v, velocity: exactly one of them, shaped like ``x_t``.
-        fraction: what the second head of a network says of the reverse variance, shaped like ``x_t``; 0 stands for its
-            lower choice and 1 for its upper one, see ``polydiff.core.variational``. None without such a head.
+        fraction: what a second head of the network says of the reverse variance, shaped like ``x_t``; see ``fraction``.
 
     Attributes:
         given: name of the field it was built from.
@@ -148,7 +148,7 @@ class Prediction:
 
     @property
     def fraction(self) -> Tensor:
-        """Where the reverse variance lies between its lower and its upper choice, element by element.
+        """Where the reverse variance lies between its lower choice, 0, and its upper one, 1 (``core.variational``).
 
         Raises:
             ConfigError: there is none, or the process is mean-free.
@@ -175,9 +175,7 @@ def as_prediction(process: GaussianProcess, x_t: Tensor, t: Tensor, output: Pred
 PRECONDITIONS = ("edm", *FIELDS)
 
 
-def preconditioning(
-    name: str, schedule: Schedule, t: Tensor, sigma_data: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def preconditioning(name: str, schedule: Schedule, t: Tensor, sigma_data: float) -> tuple[Tensor, ...]:
     r"""c_skip, c_out, c_in, c_noise of a network F, float64 with the shape of t.
 
     With :math:`S^2 = \alpha^2\sigma_d^2 + \sigma^2`: c_in = 1/S and c_noise = ln(sigma/alpha)/4, clamped to [-5, 5].
@@ -246,17 +244,11 @@ class Denoiser(nn.Module):
         self.sigma_data, self.conditions = float(sigma_data), dict(conditions or {})
 
     def forward(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        mask: Tensor | None = None,
-        cond: Mapping[str, Tensor] | None = None,
-        present: Mapping[str, Tensor] | None = None,
+        self, x_t: Tensor, t: Tensor, mask: Tensor | None = None, cond: Named = None, present: Named = None
     ) -> Prediction:
         """Predict from states (b, *dims) at times () or (b,), float64.
 
         Args:
-            x_t, t: state and time.
             mask: valid elements, bool (b, n).
             cond: conditions by name, each (b, ...); absent ones count as not present.
             present: which items use a condition, bool (b,); default: all items of each condition in ``cond``.
@@ -266,7 +258,7 @@ class Denoiser(nn.Module):
         """
         t = as_time(t)
         c_skip, c_out, c_in, c_noise = self._coefficients(t, x_t)
-        cond, present = self._complete(cond or {}, present or {}, x_t)
+        cond, present = self._complete(cond, present, x_t)
         output, fraction = _heads(self.network(c_in * x_t, c_noise, mask, cond, present).to(x_t.dtype), x_t)
         output = c_out * self.process.project(output, mask, cond.get("fixed"))
         if self.precondition == "edm":
@@ -283,21 +275,18 @@ class Denoiser(nn.Module):
         c_noise = c_noise.to(device=x_t.device, dtype=torch.float32).expand(b)
         return expand(c_skip, x_t), expand(c_out, x_t), expand(c_in, x_t), c_noise
 
-    def _complete(
-        self, cond: Mapping[str, Tensor], present: Mapping[str, Tensor], x_t: Tensor
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _complete(self, cond: Named, present: Named, x_t: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Every declared condition, zeros where it is not given, and which items use it."""
+        cond, present = cond or {}, present or {}
         for name in cond:
             if name not in self.conditions:
                 raise unknown("condition", name, self.conditions)
         b, device = x_t.shape[0], x_t.device
         full, there = {}, {}
         for name, condition in self.conditions.items():
-            if condition.kind == "setting" or (name in cond and name not in present):
-                there[name] = torch.ones(b, dtype=torch.bool, device=device)
-            elif name in cond:
+            there[name] = torch.full((b,), name in cond or condition.kind == "setting", device=device)
+            if name in cond and name in present and condition.kind != "setting":
                 there[name] = present[name]
-            else:
-                there[name] = torch.zeros(b, dtype=torch.bool, device=device)
             shape, dtype = condition.shape_in(x_t.shape[1:]), condition.dtype
             if name == "x0_hat":
                 shape, dtype = tuple(x_t.shape[1:]), x_t.dtype
@@ -306,7 +295,7 @@ class Denoiser(nn.Module):
             full[name] = cond[name] if name in cond else torch.zeros((b, *shape), dtype=dtype, device=device)
         return full, there
 
-    def bind(self, mask: Tensor | None = None, cond: Mapping[str, Tensor] | None = None) -> Denoise:
+    def bind(self, mask: Tensor | None = None, cond: Named = None) -> Denoise:
         """Fix mask and conditions: what solvers and guides see is a function of state and time.
 
         A network that declares ``x0_hat`` (self-conditioning) is given its own last prediction, none at first; bind
@@ -323,8 +312,3 @@ class Denoiser(nn.Module):
             return prediction
 
         return denoise
-
-
-def parameter_count(module: nn.Module) -> int:
-    """Number of trainable scalars."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)

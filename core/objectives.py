@@ -63,7 +63,6 @@ TIMES: dict[str, Callable[..., Tensor]] = {
     "logit_normal": logit_normal,
 }
 
-
 # --- weights W on |x0_hat - x0|^2, functions of (schedule, t, sigma_data)
 
 

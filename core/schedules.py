@@ -239,9 +239,7 @@ class Custom(Schedule):
         falls = torch.diff(self.log_snr(t)) < 0
         if not bool(falls.all()):
             first = float(t[int((~falls).nonzero()[0])])
-            raise ScheduleError(
-                f"Custom: alpha/sigma must be finite and decrease with t, which fails near t = {first:.4g}"
-            )
+            raise ScheduleError(f"Custom: alpha/sigma must be finite and decrease, which fails near t = {first:.4g}")
 
     def alpha(self, t: Tensor) -> Tensor:
         return self.alpha_of_t(as_time(t))

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from polydiff.core.adapter import Adapter, Item
-from polydiff.core.denoiser import parameter_count
 from polydiff.core.errors import DivergenceError
+from polydiff.core.nn import parameter_count
 from polydiff.core.training import checkpoint
 from polydiff.core.training.ema import EMA
 from polydiff.core.training.logs import Logs, environment

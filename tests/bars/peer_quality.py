@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from polydiff.core import adapter
 from polydiff.core.adapter import Item
 from polydiff.core.build import data_path
-from polydiff.core.denoiser import Denoiser, parameter_count
+from polydiff.core.denoiser import Denoiser
 from polydiff.core.evaluation.features import stack
+from polydiff.core.nn import parameter_count
 from polydiff.core.objectives import Objective
 from polydiff.core.processes import gaussian
 from polydiff.core.schedules import as_time
