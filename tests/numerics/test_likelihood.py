@@ -94,6 +94,21 @@ def test_padding_has_no_density(exact):
     assert process.dims(x, mask).tolist() == [4, 6]
 
 
+def test_probes_have_the_length_of_their_item():
+    """Where elements depend on each other the estimate is the probe's, and padding must not change the probe."""
+    process = gaussian("cosine")
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    x = process.project(torch.randn(2, 3, 2, generator=torch.Generator().manual_seed(0), dtype=F64), mask)
+
+    def of(valid):
+        return lambda x_t, t: 0.5 * torch.tanh(x_t + x_t.flip(2).sum(1, keepdim=True)) * valid[..., None]
+
+    ours = log_prob(of(mask), process, x, t_min=0.1, mask=mask, generator=Noise(3, [4, 5]))
+    alone = log_prob(of(mask[1:, :2]), process, x[1:, :2], t_min=0.1, generator=Noise(3, [5]))
+    torch.testing.assert_close(ours[1:], alone, rtol=1e-8, atol=1e-8)
+    assert abs(float(ours[1] - log_prob(of(mask), process, x, t_min=0.1, mask=mask, exact=True)[1])) > 1e-3
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_mean_free_states_have_their_density_on_the_subspace(exact):
     """Isotropic Gaussian data of standard deviation s, centred: N(0, s^2) in (n - 1) d dimensions."""
