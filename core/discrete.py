@@ -34,9 +34,8 @@ def _chain(betas: str, start: float, end: float, n: int) -> Tensor:
 class Discrete(Schedule):
     r"""The variance-preserving chain of N steps with :math:`\bar\alpha_i = \prod_{j \le i}(1 - \beta_j)`, index i at t = (i+1)/N.
 
-    There alpha is the root of :math:`\bar\alpha_i` exactly, which is where the grids ``ddpm-leading``, ``ddpm-trailing``
-    and ``ddpm-linspace`` put it, and alpha(0) = 1. Between, 1 - alpha is a piecewise cubic whose slopes are limited so that
-    the log-SNR always decreases: alpha', sigma' and all that follows are those of the interpolant, and continuous.
+    There, where the grids ``ddpm-*`` stand, alpha is the root of :math:`\bar\alpha_i` exactly, and alpha(0) = 1. Between,
+    1 - alpha is a cubic, continuous in its slope, such that the log-SNR decreases; all that follows is of the interpolant.
 
     Args:
         betas: ``"linear"`` from beta_start to beta_end; ``"scaled_linear"``, linear in the root of beta; ``"cosine"``

@@ -136,11 +136,9 @@ def make_grid(
 
     Args:
         name: a name in ``GRIDS``.
-        n: number of intervals, the last one to sigma = 0 if ``final``.
+        n: number of intervals, the last one to sigma = 0, where it returns x0_hat, if ``final``.
         process: gives the schedule and the default ends.
-        t_start, t_end: noisiest and least noisy time; default the process's t_max and t_min. A discrete chain
-            (``ddpm-*``) runs between them, but its grid need not touch both.
-        final: whether the last interval returns x0_hat.
+        t_start, t_end: noisiest and least noisy time, t_max and t_min by default; a discrete chain need not touch both.
 
     Raises:
         ConfigError: unknown name. ScheduleError: n < 1, or ends at which the grid is not defined.

@@ -137,7 +137,7 @@ def cfg_pp(
 
     def weight(output: Prediction | Tensor) -> Tensor:
         prediction = predicted(output, "CFG++")
-        log_snr = prediction.process.schedule.log_snr(as_time([*grid.times]))
+        log_snr = prediction.process.schedule.log_snr(as_time(grid.times))
         ends = torch.cat([log_snr[1:], as_time([math.inf])])
         here = prediction.t.cpu().reshape(-1, 1) == starts
         if not bool(here.any(1).all()):
@@ -222,9 +222,8 @@ def gradient_of(value: Tensor, x: Tensor, weight: Tensor, again: bool, what: str
 class Replacement(Guide):
     r"""Inpainting: x0_hat is what is known where it is known.
 
-    The known elements of a state then follow :math:`\alpha_t x_0 + \sigma_t\varepsilon` by themselves under every solver, as
-    if they were replaced at each step, and the last interval of a grid returns them exactly. With ``Resample`` around a
-    stochastic solver this is RePaint.
+    The known elements of a state then follow :math:`\alpha_t x_0 + \sigma_t\varepsilon` under every solver, and the last
+    interval of a grid returns them exactly. With ``Resample`` around a stochastic solver this is RePaint.
 
     Args:
         known: clean data in normalised form, (*dims), or (b, *dims) after ``stack``; any number where unknown.

@@ -49,14 +49,12 @@ def sample(
     """Integrate from noise to data.
 
     Args:
-        denoise: ``(x_t, t) -> Prediction`` or x0_hat, conditions and mask already bound.
-        process: the process the denoiser was trained for.
+        denoise, process: ``(x_t, t) -> Prediction`` or x0_hat, conditions and mask bound, and what it was trained for.
         x_T: state at the first time of the grid, (b, *dims); its dtype is kept.
         solver: a name in ``NAMES`` or a Solver.
         steps: number of intervals of a named grid.
         grid: a name in ``GRIDS``, a Grid, or explicit decreasing times (then the state at the last one is returned).
-        mask: valid elements, bool (b, n).
-        fixed: elements that keep the value they have in ``x_T``, bool (b, n).
+        mask, fixed: valid elements, and those that keep the value they have in ``x_T``, bool (b, n).
         generator: where noise comes from: a Noise, a generator (item seeds are drawn once), one per item, a seed.
         callback: called as ``(k, t, x, x0_hat)`` after interval k with the time it started from and the new state.
 
@@ -115,9 +113,8 @@ def sample(
         raise
     if not finite(result) or any(a.shape != b.shape for a, b in zip(leaves(result), leaves(x_T), strict=True)):
         run(strict=True)
-        raise DivergenceError(
-            f"the sample is not finite after {len(plan)} steps: try more steps, another grid, or less guidance"
-        )
+        hint = "try more steps, another grid, or less guidance"
+        raise DivergenceError(f"the sample is not finite after {len(plan)} steps: {hint}")
     return result
 
 
@@ -181,7 +178,5 @@ def check_output(output: Any, x_t: Any, place: str, numbers: bool = True) -> Non
                 ours, needed = (tuple(v) if name == "shape" else v for v in (ours, needed))
                 raise ConfigError(f"the denoiser returned {name} {ours} for a state of {name} {needed} {place}")
     if numbers and not finite(value):
-        raise DivergenceError(
-            f"the denoiser returned numbers that are not finite {place}: try more steps, another grid or less guidance, "
-            "or see whether its training diverged"
-        )
+        hint = "try more steps, another grid or less guidance, or see whether its training diverged"
+        raise DivergenceError(f"the denoiser returned numbers that are not finite {place}: {hint}")
