@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from polydiff.core.run import Run
 
 
+MOST_REPEATS = 1000  # a slip such as 1e9 would fill the memory with passes
+
+
 @dataclass(frozen=True)
 class Inverse:
     """Options of tasks that are given y = A(x0) + noise."""
@@ -125,8 +128,8 @@ def inpaint(x0: Tensor, known: Tensor, options: Known, run: Run) -> Task:
     if options.method == "replacement":
         return Task(like=x0, guide=replacement, reference=reference)
     if options.method == "repaint":
-        if options.repeats < 0:
-            raise ConfigError(f"task.repeats={options.repeats} must be 0 or more")
+        if not 0 <= options.repeats <= MOST_REPEATS:
+            raise ConfigError(f"task.repeats={options.repeats} must be 0 to {MOST_REPEATS}")
         return Task(
             like=x0, guide=replacement, wrap=lambda solver: Resample(solver, options.repeats), reference=reference
         )

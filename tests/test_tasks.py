@@ -244,6 +244,10 @@ def test_files_and_folders_are_read_by_the_codec_and_take_turns(run: Run, tmp_pa
         ({"task": "inpaint", "input": torch.zeros(2)}, "input must be an Item .* a file or a folder, not Tensor"),
         ({"task": "inpaint", "input": [*POINTS, 5]}, "input must be an Item .* not int"),
         ({"task": "inpaint", "options": {"method": "repaint", "repeats": -1}, "input": POINTS}, "task.repeats=-1 must"),
+        (
+            {"task": "inpaint", "options": {"method": "repaint", "repeats": 10**9}, "input": POINTS},
+            "repeats=1000000000 must be 0 to 1000",
+        ),
         ({"task": "inpaint", "input": Item(torch.zeros(3), id="z")}, "input=z is 3, samples of this size are 2"),
     ],
 )
