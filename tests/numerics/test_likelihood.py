@@ -94,6 +94,14 @@ def test_padding_has_no_density(exact):
     assert process.dims(x, mask).tolist() == [4, 6]
 
 
+def test_the_tolerance_holds_the_density_where_the_state_stands_still():
+    """At the mean of Gaussian data the flow is at rest, so that the density alone asks for small steps."""
+    data = Gaussian(gaussian("vp"), std=(0.05, 1.0, 3.0), mean=(0.0, 0.0, 0.0))
+    x = torch.zeros(1, 3, dtype=F64)
+    ours = log_prob(data.x0_hat, data.process, x, exact=True, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(ours, _expected(data, x, data.process.t_min), rtol=0, atol=1e-6)
+
+
 def test_probes_have_the_length_of_their_item():
     """Where elements depend on each other the estimate is the probe's, and padding must not change the probe."""
     process = gaussian("cosine")
@@ -183,6 +191,9 @@ def test_dequantised_levels_are_uniform_in_their_cells():
     assert abs(float(u.mean()) - 0.5) < 0.01 and abs(float(u.var()) * 12 - 1) < 0.03
     with pytest.raises(ConfigError, match="levels"):
         dequantise(level / 127.4 - 1)
+    for beyond in (-1, 256):
+        with pytest.raises(ConfigError, match="levels"):
+            dequantise(torch.full((1, 2), beyond / 127.5 - 1))
     with pytest.raises(ConfigError, match="bins"):
         dequantise(level / 127.5 - 1, bins=1)
 
