@@ -89,6 +89,13 @@ def test_order_of_every_runge_kutta_form_on_a_mixture(tableau, order, predict):
     assert solver.order == order and -0.15 <= slope(error, 4 if order > 1 else 64) - order <= 0.5
 
 
+def test_the_order_asked_for_is_an_argument_and_the_order_reached_an_attribute():
+    solver = Multistep(order=3, predict="eps")
+    assert solver == Multistep(3, "eps") and hash(solver) == hash(Multistep(3, "eps")) and solver != Multistep(4, "eps")
+    assert (solver.terms, solver.order, Multistep(order=3, startup="full").order) == (3, 2, 3)
+    assert repr(solver).startswith("Multistep(order=3, predict='eps'")
+
+
 def test_third_order_multistep_is_capped_at_two_by_its_start():
     data = Gaussian(gaussian("vp"))
     error = _error(data, Multistep(3), "log_snr", 0.8, 0.1, data.draw(0.8, 8))
