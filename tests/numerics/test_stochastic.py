@@ -74,6 +74,37 @@ def test_the_marginal_of_a_mixture_is_kept_from_the_ode_to_beyond_the_reverse_sd
         assert float(error.max()) < 4.2 and float(spread.abs().max()) < 4.2 * math.sqrt(2 / n) + 0.02
 
 
+@pytest.mark.parametrize("schedule", PATHS)
+def test_multistep_noise_of_any_level_keeps_the_marginal_to_second_order(schedule):
+    """No draws: the exact variance of Gaussian data, for levels between and beyond the ODE and the reverse SDE."""
+    data = Gaussian(gaussian(schedule))
+    end = float(data.process.schedule.t_of_log_snr(as_time(2.0)))
+    for solver in (
+        Multistep(2, eta=lambda log_snr: 0.5 + 0.5 * math.tanh(log_snr)),
+        Multistep(2, eta=1.3, rule="midpoint"),
+        Multistep(3, eta=0.7, corrector="exact"),
+    ):
+        wrong = []
+        for n in (60, 120):
+            grid = make_grid("log_snr", n, data.process, t_end=end, final=False)
+            found = moments(solver, data, grid, *start(data, grid.times[0]))
+            wanted = start(data, grid.times[-1])
+            wrong.append(float((found[1] / wanted[1] - 1).abs().max()))
+        assert wrong[1] < 3e-3 and wrong[0] / wrong[1] > 3.4
+
+
+def test_a_level_of_multistep_noise_is_that_of_the_middle_of_its_interval():
+    data, noise = Mixture(gaussian("vp")), Noise(1, range(3))
+    grid, x = (0.7, 0.3), data.draw(0.7, 3)
+    middle = float(data.process.schedule.log_snr(as_time(grid)).mean())
+    of = lambda log_snr: 0.6 + 0.1 * log_snr
+    ours, plain = (
+        sample(data.x0_hat, data.process, x, Multistep(1, eta=eta), grid=grid, generator=noise)
+        for eta in (of, of(middle))
+    )
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
 def test_a_level_may_depend_on_the_noise_level():
     """A function of the log-SNR is taken at the start of each interval."""
     process = gaussian("vp")
