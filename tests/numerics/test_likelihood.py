@@ -111,8 +111,8 @@ def test_probes_have_the_length_of_their_item():
     def of(valid):
         return lambda x_t, t: 0.5 * torch.tanh(x_t + x_t.flip(2).sum(1, keepdim=True)) * valid[..., None]
 
-    ours = log_prob(of(mask), process, x, t_min=0.1, mask=mask, generator=Noise(3, [4, 5]))
-    alone = log_prob(of(mask[1:, ::2]), process, x[1:, ::2], t_min=0.1, generator=Noise(3, [5]))
+    ours = log_prob(of(mask), process, x, t_min=0.1, probes=5, mask=mask, generator=Noise(3, [4, 5]))
+    alone = log_prob(of(mask[1:, ::2]), process, x[1:, ::2], t_min=0.1, probes=5, generator=Noise(3, [5]))
     torch.testing.assert_close(ours[1:], alone, rtol=1e-8, atol=1e-8)
     assert abs(float(ours[1] - log_prob(of(mask), process, x, t_min=0.1, mask=mask, exact=True)[1])) > 1e-3
 
