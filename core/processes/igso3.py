@@ -44,7 +44,7 @@ def igso3_score(angle: Tensor | float, sigma: Tensor | float) -> Tensor:
     """Slope of the log density in the angle, 0 at both ends and negative between. Arguments as for the density."""
 
     def near(angle: Tensor, sigma: Tensor) -> Tensor:
-        height, slope = _images(angle, sigma)
+        height, slope = _windings(angle, sigma)
         square, far = angle**2, angle.clamp_min(0.1)
         sinc = angle * (1 / 12 + square * (1 / 720 + square * (1 / 30240 + square / 1209600)))
         sinc = torch.where(angle < 0.1, sinc, 1 / far - 0.5 / torch.tan(0.5 * far))  # slope of -log sinc(angle/2)
@@ -110,14 +110,14 @@ def _either(angle: Tensor, sigma: Tensor, near: Callable[..., Tensor], wide: Cal
     return torch.where(is_near, near(angle, sigma.clamp_max(1)), wide(angle, sigma.clamp_min(1)))
 
 
-def _images(angle: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def _windings(angle: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     r"""Three images over the first of them, and the slope of that in the angle.
 
     With :math:`y = 2\pi\omega/\sigma^2` and :math:`q = e^{-2\pi^2/\sigma^2}` they are
     :math:`1 - 2q (\cosh y - (2\pi/\sigma)^2 \sinh(y)/y)`; q is multiplied in before anything grows.
     """
     rate = 2 * math.pi / sigma**2
-    a = torch.maximum(angle, 1e-4 / rate)  # below it the sum is flat to all digits, and its slope linear
+    a = torch.maximum(angle, 1e-4 / rate)  # below it the sum is flat and its slope linear, to 1e-13
     up, down, y = torch.exp(rate * (a - math.pi)), torch.exp(-rate * (a + math.pi)), rate * a
     sinh, cosh, ratio = -0.5 * up * torch.expm1(-2 * y), 0.5 * (up + down), 2 * math.pi * rate
     slope = 2 * rate * (ratio * (cosh - sinh / y) / y - sinh)
@@ -138,7 +138,7 @@ def _orders(angle: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
 def _log_density(angle: Tensor, sigma: Tensor) -> Tensor:
     def near(angle: Tensor, sigma: Tensor) -> Tensor:
         constant = math.log(2 * math.sqrt(2 * math.pi)) - 3 * torch.log(sigma) + sigma**2 / 8
-        shape = torch.log(_images(angle, sigma)[0] / torch.sinc(angle / (2 * math.pi)))
+        shape = torch.log(_windings(angle, sigma)[0] / torch.sinc(angle / (2 * math.pi)))
         return constant - 0.5 * (angle / sigma) ** 2 + shape
 
     return _either(angle, sigma, near, lambda angle, sigma: torch.log1p(_orders(angle, sigma)[0]))
@@ -198,7 +198,7 @@ def _checked(
     """Both in float64 on the first one's device; what rounding took beyond the end is brought back."""
     value = torch.as_tensor(value, dtype=torch.float64)
     sigma = torch.as_tensor(sigma, dtype=torch.float64, device=value.device)
-    bad_sigma, bad_value = ~((sigma > 0) & (sigma < math.inf)), ~((value >= 0) & (value <= end + 1e-5))
+    bad_sigma, bad_value = ~((sigma > 1e-100) & (sigma < math.inf)), ~((value >= 0) & (value <= end * (1 + 1e-6)))
     for what, bad, text in ((sigma, bad_sigma, "sigma must be positive and finite"), (value, bad_value, rule)):
         if bool(bad.any()):
             index = bad.nonzero()[0].tolist()
