@@ -108,7 +108,7 @@ def _prepare(config: Config, run: Path) -> None:
     from polydiff.core.build import check_options, construct, find_network
     from polydiff.core.grids import make_grid
     from polydiff.core.request import sampling_settings
-    from polydiff.core.solvers.names import resolve
+    from polydiff.core.solvers.base import resolve
     from polydiff.core.training.loop import check_numbers
 
     check_numbers(config)

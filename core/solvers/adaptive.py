@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polydiff.core.checks import number, whole
 from polydiff.core.denoiser import Denoise, Prediction
-from polydiff.core.errors import ConfigError, DivergenceError
+from polydiff.core.errors import DivergenceError
 from polydiff.core.schedules import Schedule
-from polydiff.core.solvers.base import Plan, Point, Solver, State, divide, predict
+from polydiff.core.solvers.base import Plan, Point, Solver, State, divide, predict, settle
 from polydiff.core.tree import expand
 
 # Dormand 1980, table 2: the rows of the stages after the first; the last row is the fifth-order result (FSAL)
@@ -87,7 +88,7 @@ def integrate(
         resume: what an earlier call returned that ended at ``start``: it saves an evaluation and the search for a step.
 
     Returns:
-        The values at ``end`` and what resumes there.
+        The values at ``end`` and what resumes there; of no elements, ``y`` without a call.
 
     Raises:
         DivergenceError: an item whose step falls under 1e-12 of the span, or that ``max_steps`` do not carry to the end.
@@ -102,6 +103,8 @@ def integrate(
         scaled = [value / (atol + rtol * scale) for value, scale in zip(values, largest, strict=True)]
         return norm(tuple(scaled)).to("cpu", torch.float64)
 
+    if not y[0].numel():
+        return y, (y, tau)
     if resume is None:
         first = slope(y, tau)
         guess = 0.01 * size(y, y) / size(first, y).clamp_min(1e-300)
@@ -163,9 +166,8 @@ def predict_items(denoise: Denoise, process: Any, x: Tensor, t: Tensor) -> Predi
 
 def check_tolerances(rtol: float, atol: float) -> None:
     """Refuse tolerances that are not positive and finite."""
-    for name, value in {"rtol": rtol, "atol": atol}.items():
-        if not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"{name} = {value} must be positive and finite")
+    number("rtol", rtol, above=0.0)
+    number("atol", atol, above=0.0)
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ class Adaptive(Solver):
         max_steps: largest number of attempted steps in an interval.
 
     Raises:
-        ConfigError: a tolerance that is not positive and finite, or no steps.
+        ConfigError: a tolerance that is not positive and finite, or a number of steps that is not whole and positive.
     """
 
     rtol: float = 1e-5
@@ -193,8 +195,7 @@ class Adaptive(Solver):
 
     def __post_init__(self) -> None:
         check_tolerances(self.rtol, self.atol)
-        if self.max_steps < 1:
-            raise ConfigError(f"max_steps = {self.max_steps} must be at least 1")
+        settle(self, rtol=float(self.rtol), atol=float(self.atol), max_steps=whole("max_steps", self.max_steps))
 
     def coefficients(self, schedule: Schedule, table: Point, points: Sequence[Point]) -> Sequence[Any]:
         """The numbers of the first-order step where an interval needs one, else None."""
@@ -207,7 +208,8 @@ class Adaptive(Solver):
         schedule = process.schedule
         if plan.steps[k] is not None:
             ratio, weight = plan.steps[k]
-            x0_hat = predict(denoise, process, state.x, start).x0
+            items = start._replace(t=start.t.expand(len(state.x)))
+            x0_hat = predict(denoise, process, state.x, items).x0
             return State(state.x * ratio + x0_hat * weight if ratio else x0_hat * weight)
         t_of = time_of(schedule, start, end)
 
@@ -219,9 +221,12 @@ class Adaptive(Solver):
         def norm(errors: Leaves) -> Tensor:
             return process.mean(errors[0] ** 2, noise.mask, noise.fixed).sqrt()
 
-        resume = ((state.history[0],), state.history[1]) if state.history else None
+        resume = None
+        if state.history and state.history[2] is state.x:  # not where the state has been moved since
+            resume = (state.history[0],), state.history[1]
         y = (state.x / math.hypot(start.alpha, start.sigma),)
         (out,), (slopes, h) = integrate(
             slope, y, angle(start), angle(end), norm, self.rtol, self.atol, self.max_steps, t_of, resume
         )
-        return State(out * math.hypot(end.alpha, end.sigma), (slopes[0], h))
+        out = out * math.hypot(end.alpha, end.sigma)
+        return State(out, (slopes[0], h, out))

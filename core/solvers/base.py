@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from polydiff.core.checks import number, shown
 from polydiff.core.denoiser import Denoise, Prediction, as_prediction
-from polydiff.core.errors import ConfigError, ScheduleError
+from polydiff.core.errors import ConfigError, ScheduleError, unknown
 from polydiff.core.grids import Grid
 from polydiff.core.schedules import Schedule
 
@@ -116,11 +117,36 @@ def level_at(name: str, level: float | Callable[[float], float], log_snr: float 
     Raises:
         ConfigError: a level that is negative or not finite.
     """
-    value = float(level(log_snr) if callable(level) else level)
-    if not (math.isfinite(value) and value >= 0):
-        where = f" at log-SNR {log_snr:.4g}" if callable(level) else ""
-        raise ConfigError(f"{name} = {value}{where} must be finite and at least 0")
-    return value
+    if callable(level):
+        name = f"{name} at log-SNR {log_snr:.4g}"
+        try:
+            level = level(log_snr)
+        except TypeError as error:
+            raise ConfigError(f"{name}: {error}; a function of the log-SNR alone is needed") from error
+    return number(name, level, 0.0)
+
+
+def resolve(solver: str | Solver) -> Solver:
+    """A solver from its name, or itself.
+
+    Raises:
+        ConfigError: unknown name (the nearest are named), or not a solver.
+    """
+    if isinstance(solver, Solver):
+        return solver
+    from polydiff.core.solvers.names import NAMES  # every solver, those that stand around another one, too
+
+    if not isinstance(solver, str):
+        raise ConfigError(f"a solver is a name or a Solver, not {shown(solver)}")
+    if solver not in NAMES:
+        raise unknown("solver", solver, NAMES)
+    return NAMES[solver].solver
+
+
+def settle(frozen: Solver, /, **values: Any) -> None:
+    """Put what its arguments were found to be into a frozen solver."""
+    for name, value in values.items():
+        object.__setattr__(frozen, name, value)
 
 
 def predict(denoise: Denoise, process: Any, x: Tensor, point: Point) -> Prediction:

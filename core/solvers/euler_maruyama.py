@@ -11,7 +11,7 @@ import torch
 
 from polydiff.core.denoiser import Denoise
 from polydiff.core.schedules import Schedule
-from polydiff.core.solvers.base import Plan, Point, Solver, State, divide, level_at, predict
+from polydiff.core.solvers.base import Plan, Point, Solver, State, divide, level_at, predict, settle
 from polydiff.core.tree import tree_map
 
 
@@ -51,9 +51,8 @@ class EulerMaruyama(Solver):
     needs = "any"
 
     def __post_init__(self) -> None:
-        if not callable(self.level):
-            level_at("level", self.level)
-        object.__setattr__(self, "stochastic", bool(self.level))
+        settle(self, level=self.level if callable(self.level) else level_at("level", self.level))
+        settle(self, stochastic=bool(self.level))
 
     def coefficients(self, schedule: Schedule, table: Point, points: Sequence[Point]) -> Sequence[_Step]:
         """Numbers of every interval."""

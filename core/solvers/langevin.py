@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from polydiff.core.checks import number, whole
 from polydiff.core.denoiser import Denoise
 from polydiff.core.errors import ConfigError
 from polydiff.core.grids import Grid
-from polydiff.core.solvers.base import Plan, Solver, State, is_end, predict
+from polydiff.core.solvers.base import Plan, Solver, State, is_end, predict, resolve, settle
 from polydiff.core.solvers.multistep import Multistep
 from polydiff.core.solvers.resample import one_way
 from polydiff.core.tree import expand
@@ -37,7 +38,7 @@ class PredictorCorrector(Solver):
     first level gets no Langevin steps, for x_T is a draw from it, and neither does x0_hat.
 
     Args:
-        predictor: the solver of the intervals, or None.
+        predictor: the solver of the intervals, by name or itself, or None.
         corrections: Langevin steps after each interval.
         snr: r; exactly one of it and ``size`` is given.
         size: q; the published dynamics have :math:`q = \epsilon/(2\sigma_L^2)`.
@@ -50,24 +51,26 @@ class PredictorCorrector(Solver):
     SDE, of the same order as ``ddpm``; Song 2019 (NCSN), algorithm 1, whose final denoising is a grid's final interval.
     """
 
-    predictor: Solver | None
+    predictor: Any
     corrections: int = 1
     snr: float | None = None
     size: float | None = None
     stochastic = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.corrections, int) or self.corrections < 1:
-            raise ConfigError(f"corrections = {self.corrections} must be a whole number of at least 1")
+        settle(self, corrections=whole("corrections", self.corrections))
         if (self.snr is None) == (self.size is None):
             raise ConfigError("Langevin steps need exactly one of snr and size")
-        value, below = (self.snr, math.inf) if self.size is None else (self.size, 2)
-        if value is None or not 0 < value < below:
-            name = "snr" if self.size is None else "size"
-            raise ConfigError(f"{name} = {value} must be above 0 and below {below}, from where on the steps diverge")
+        if self.size is None:
+            settle(self, snr=number("snr", self.snr, above=0.0))
+        else:
+            settle(self, size=number("size", self.size, above=0.0))
+            if self.size >= 2:
+                raise ConfigError(f"size = {self.size} must be below 2, from where on the steps diverge")
+        if self.predictor is not None:
+            settle(self, predictor=resolve(self.predictor))
         stages = self.predictor.stages if self.predictor else 0
-        object.__setattr__(self, "order", self._solver.order)
-        object.__setattr__(self, "stages", None if stages is None else stages + self.corrections)
+        settle(self, order=self._solver.order, stages=None if stages is None else stages + self.corrections)
 
     @property
     def _solver(self) -> Solver:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from polydiff.core.checks import number, whole
 from polydiff.core.denoiser import Denoise, as_prediction
 from polydiff.core.errors import ConfigError, unknown
 from polydiff.core.schedules import Schedule
@@ -36,6 +37,7 @@ from polydiff.core.solvers.base import (
     combine,
     divide,
     level_at,
+    settle,
 )
 from polydiff.core.solvers.coordinates import VARIABLES, differences, from_x0, moments, quadrature, tau_span
 from polydiff.core.solvers.runge_kutta import TABLEAUS, Stage, stages, through_stages
@@ -84,7 +86,7 @@ class Multistep(Solver):
             Runge-Kutta method of four stages, 3 calls more each.
 
     Raises:
-        ConfigError: a combination without meaning.
+        ConfigError: a combination without meaning; ancestral noise that exceeds sigma, when the plan is made.
 
     Source: Song 2020 (DDIM), eq. 12 and 16; Nichol 2021, eq. 15; Lu 2022 (DPM-Solver++), eq. 8 and algorithm 2; Zhang
     2023 (DEIS), eq. 14; Zhao 2023 (UniPC), algorithms 1 and 2; Xue 2023 (SA-Solver), algorithm 1; Liu 2022 (PNDM).
@@ -104,7 +106,6 @@ class Multistep(Solver):
     stages = 1
 
     def __post_init__(self, order: int) -> None:
-        object.__setattr__(self, "terms", order)
         for kind, value, valid in (
             ("form (predict)", self.predict, COORDINATES),
             ("variable", self.variable, (*VARIABLES, "index")),
@@ -115,10 +116,9 @@ class Multistep(Solver):
         ):
             if value not in valid:
                 raise unknown(kind, value, valid)
-        if order not in (1, 2, 3, 4):
-            raise ConfigError(f"a multistep order of {order} is not between 1 and 4")
+        settle(self, terms=whole("order", order, 1, 4), blend=number("blend", self.blend, 0.0))
         if not callable(self.eta):
-            level_at("eta", self.eta)
+            settle(self, eta=level_at("eta", self.eta))
         eta = "a function" if callable(self.eta) else self.eta
         bh = self.corrector in ("bh1", "bh2")
         ancestral = self.noise_form != "sde" and self.stochastic
@@ -132,7 +132,7 @@ class Multistep(Solver):
             f"corrector={self.corrector!r} brings its own rule; leave rule='exact'": bh and self.rule != "exact",
             f"corrector={self.corrector!r} is defined for predict='x0' or 'eps' and variable='log_snr'": bh
             and (self.predict not in ("x0", "eps") or self.variable != "log_snr"),
-            f"blend = {self.blend} must lie between 0 and 1": not 0 <= self.blend <= 1,
+            f"blend = {self.blend} must lie between 0 and 1": self.blend > 1,
             "blend needs order 3 or 4, no corrector and another variable than 'index'": bool(self.blend)
             and (order < 3 or self.corrector is not None or self.variable == "index"),
         }
@@ -173,7 +173,10 @@ class Multistep(Solver):
         begin: list[_Step] = []
         if self.stochastic and self.noise_form != "sde":
             deviation = eta * end.sigma * np.sqrt(-np.expm1(-2 * h))
-            scale = np.sqrt(np.maximum(end.sigma**2 - deviation**2, 0.0)) / start.sigma
+            if (over := deviation > end.sigma).any():
+                most = 1 / math.sqrt(-math.expm1(-2 * h[over].max()))
+                raise ConfigError(f"ancestral noise has eta up to 1 (here {most:.4g}): take less or noise_form='sde'")
+            scale = np.sqrt(end.sigma**2 - deviation**2) / start.sigma
             weights = (end.alpha - start.alpha * scale)[:, None]
             noise = deviation.tolist()
             if self.noise_form == "learned":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from polydiff.core.errors import ConfigError, unknown
 from polydiff.core.solvers.adaptive import Adaptive
 from polydiff.core.solvers.base import Solver
 from polydiff.core.solvers.coordinates import TAU
@@ -92,18 +91,3 @@ NAMES: dict[str, Entry] = {
     name: Entry(solver, source, solver.order, solver.stages, solver.stochastic)
     for name, (solver, source) in {**_PUBLISHED, **{name: _adams(name) for name in _OURS}}.items()
 }
-
-
-def resolve(solver: str | Solver) -> Solver:
-    """A solver from its name, or itself.
-
-    Raises:
-        ConfigError: unknown name (the nearest are named), or not a solver.
-    """
-    if isinstance(solver, Solver):
-        return solver
-    if not isinstance(solver, str):
-        raise ConfigError(f"a solver is a name or a Solver, not {type(solver).__name__}")
-    if solver not in NAMES:
-        raise unknown("solver", solver, NAMES)
-    return NAMES[solver].solver

@@ -6,11 +6,14 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from polydiff.core.checks import number, whole
 from polydiff.core.denoiser import Denoise
 from polydiff.core.errors import ConfigError
 from polydiff.core.grids import Grid, make_grid
 from polydiff.core.schedules import as_time
-from polydiff.core.solvers.base import Plan, Point, Solver, State
+from polydiff.core.solvers.base import Plan, Point, Solver, State, resolve, settle
+
+MOST_REPEATS = 1000  # as tasks bound it: a plan lists every pass
 
 
 class _Step(NamedTuple):
@@ -30,34 +33,32 @@ class Resample(Solver):
     fresh noise and starts the solver without memory; churn is shared out over the intervals from there to the end.
 
     Args:
-        solver: the solver of every pass.
-        repeats: how often each stretch is repeated; 0 is the solver alone, and RePaint's r is repeats + 1.
+        solver: the solver of every pass, by name or itself.
+        repeats: how often each stretch is repeated, at most 1000 times; 0 is the solver alone, and RePaint's r is repeats + 1.
         jump: intervals of a stretch.
         low, high: the window, in sigma/alpha.
 
     Raises:
-        ConfigError: repeats < 0, jump < 1, not 0 < low < high < infinity; when a plan is made: a grid that has no such
+        ConfigError: repeats or jump out of range, not 0 < low < high < infinity; when a plan is made: a grid that has no such
             stretch, or a solver that goes up itself.
 
     Source: Lugmayr 2022 (RePaint), algorithm 1 and section 4.2; Xu 2023 (restart sampling), algorithm 2.
     """
 
-    solver: Solver
+    solver: Any
     repeats: int = 1
     jump: int = 1
     low: float | None = None
     high: float | None = None
 
     def __post_init__(self) -> None:
-        if not all(isinstance(v, int) for v in (self.repeats, self.jump)) or self.repeats < 0 or self.jump < 1:
-            raise ConfigError(
-                f"repeats = {self.repeats}, jump = {self.jump}: whole numbers from 0 and from 1 are needed"
-            )
-        if (self.low, self.high) != (None, None) and not 0 < (self.low or 0.0) < (self.high or 0.0) < math.inf:
-            raise ConfigError(f"window ({self.low}, {self.high}) must be 0 < low < high, finite, in sigma/alpha")
-        for name in ("order", "stages", "needs"):
-            object.__setattr__(self, name, getattr(self.solver, name))
-        object.__setattr__(self, "stochastic", self.repeats > 0 or self.solver.stochastic)
+        inner = resolve(self.solver)
+        repeats, jump = whole("repeats", self.repeats, 0, MOST_REPEATS), whole("jump", self.jump, 1, MOST_REPEATS)
+        settle(self, solver=inner, repeats=repeats, jump=jump, stochastic=repeats > 0 or inner.stochastic)
+        settle(self, order=inner.order, stages=inner.stages, needs=inner.needs)
+        if (self.low, self.high) != (None, None):
+            low = number("low of the window", self.low, above=0.0)
+            settle(self, low=low, high=number("high of the window", self.high, above=low))
 
     def calls(self, plan: Plan) -> int | None:
         """Calls of the solver on all passes."""
@@ -73,10 +74,10 @@ class Resample(Solver):
             ways.append((times[here:], grid.steps - here))
         points: list[Point] = []
         steps: list[_Step] = []
-        for number, (way, taken) in enumerate(ways):
-            inner = one_way(self, self.solver, process, Grid(way, grid.final))
+        for count, (way, taken) in enumerate(ways):
+            inner = one_way(self, self.solver, process, Grid(way, grid.final, grid.upward and not self.repeats))
             below = points.pop() if points else inner.points[0]
-            steps += [_Step(inner, k, f"pass-{number}" if number else "", None) for k in range(taken)]
+            steps += [_Step(inner, k, f"pass-{count}" if count else "", None) for k in range(taken)]
             if below.time < inner.points[0].time:
                 steps[-taken] = steps[-taken]._replace(below=below)
             points += inner.points[: taken + 1]
@@ -93,7 +94,10 @@ class Resample(Solver):
         low, high = -math.log(self.low), max(-math.log(self.high), log_snr[0])
         found = [i for i, value in enumerate(log_snr) if high < value < math.inf]
         if not found or low <= high:
-            raise ConfigError(f"no noisy point of the grid lies in or under the window ({self.low}, {self.high})")
+            window = f"the window of sigma/alpha from {self.low} to {self.high}"
+            raise ConfigError(
+                f"no noisy point of the grid lies in {window} or under it: take more steps or another window"
+            )
         last = min(found, key=lambda i: abs(log_snr[i] - low))
         start = min(float(process.schedule.t_of_log_snr(as_time(high))), times[0])
         return [(last, make_grid("karras", self.jump, process, start, times[last], final=False).times[:-1])]

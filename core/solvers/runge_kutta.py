@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from polydiff.core.checks import number, shown
 from polydiff.core.denoiser import Denoise
 from polydiff.core.errors import ConfigError, unknown
 from polydiff.core.schedules import Schedule
@@ -158,8 +159,11 @@ class RungeKutta(Solver):
             raise unknown("tableau", self.tableau, TABLEAUS)
         if self.predict not in COORDINATES:
             raise unknown("form (predict)", self.predict, COORDINATES)
-        if self.churn is not None and not (all(math.isfinite(v) for v in self.churn) and self.churn.amount >= 0):
-            raise ConfigError(f"churn {tuple(self.churn)} must be finite, with an amount of at least 0")
+        if self.churn is not None:
+            if not isinstance(self.churn, Churn):
+                raise ConfigError(f"churn = {shown(self.churn)} must be a Churn(amount, low, high, scale) or None")
+            for name, value in self.churn._asdict().items():
+                number(f"churn {name}", value, self.churn.low if name == "high" else 0.0)
 
     @property
     def order(self) -> int:  # type: ignore[override]
@@ -196,16 +200,16 @@ class RungeKutta(Solver):
     def _raise(self, schedule: Schedule, start: Point) -> tuple[Point, list[tuple[float, float] | None]]:
         """Where the intervals start once churn has raised them, and what leads there."""
         churn, level = self.churn or Churn(0.0), np.exp(-start.log_snr)
-        raised = level * (1 + min(churn.amount / len(level), math.sqrt(2) - 1))
-        usable = (start.alpha >= base.ALPHA_FLOOR) & (level > 0) & (level < math.inf)
+        factor = 1 + min(churn.amount / len(level), math.sqrt(2) - 1)
+        usable = (start.alpha >= base.ALPHA_FLOOR) & np.isfinite(start.log_snr)
         usable &= (level >= churn.low) & (level <= churn.high)
-        log_snr = -np.log(np.where(usable, raised, 1.0))
+        log_snr = np.where(usable, start.log_snr - math.log(factor), 0.0)
         t = schedule.t_of_log_snr(torch.from_numpy(log_snr)).clamp_max(schedule.t_max).numpy()
         usable &= t > start.time
         point = base.tabulate(schedule, np.where(usable, t, start.time))
-        added = np.where(usable, np.exp(-2 * point.log_snr) - level**2, 0.0)
-        noise = point.alpha * np.sqrt(np.maximum(added, 0.0)) * churn.scale
-        scale = np.where(usable, point.alpha / np.where(usable, start.alpha, 1.0), 1.0)
+        scale = point.alpha / np.where(usable, start.alpha, np.inf)
+        # the variance that is added, sigma^2 - (scale sigma_t)^2 >= 0
+        noise = churn.scale * np.sqrt(np.maximum(point.sigma**2 - (scale * start.sigma) ** 2, 0.0))
         pairs = zip(scale.tolist(), noise.tolist(), strict=True)
         return point, [pair if moved else None for pair, moved in zip(pairs, usable.tolist(), strict=True)]
 

@@ -13,7 +13,7 @@ from polydiff.core.grids import make_grid
 from polydiff.core.processes import GaussianProcess, gaussian
 from polydiff.core.sampling import count, encode, sample
 from polydiff.core.schedules import VP
-from polydiff.core.solvers import NAMES, Adaptive, Multistep, RungeKutta
+from polydiff.core.solvers import NAMES, Adaptive, Multistep, PredictorCorrector, RungeKutta
 from tests.numerics.exact import Gaussian, Mixture, as_field, slope
 
 F64 = torch.float64
@@ -171,7 +171,7 @@ def test_single_precision_is_kept():
 
     single = sample(denoise, data.process, x.float(), "rk45", steps=4)
     assert single.dtype == torch.float32 and {row[:2] for row in seen} == {(torch.float32, F64)}
-    assert {row[2] for row in seen} == {(3,), ()}  # a time for every item; the last interval has one
+    assert {row[2] for row in seen} == {(3,)}  # a time for every item, which leaves nothing for the next call
     torch.testing.assert_close(single.double(), double, rtol=1e-3, atol=1e-3)
 
 
@@ -188,7 +188,32 @@ def test_a_step_that_cannot_reach_the_tolerance_says_where():
         sample(rough, process, x, Adaptive(max_steps=60), grid=(0.8, 0.2))
 
 
-@pytest.mark.parametrize("options", [{"rtol": 0.0}, {"atol": math.nan}, {"rtol": -1.0}, {"max_steps": 0}])
+def test_a_state_that_was_moved_has_another_slope():
+    """Langevin steps between the intervals: integration starts anew, and the tolerance holds as without them."""
+    data = Mixture(gaussian("vp"))
+    x = data.draw(1.0, 4)
+    grid = make_grid("log_snr", 8, data.process)
+    found = [
+        sample(data.x0_hat, data.process, x, PredictorCorrector(Adaptive(tol, tol), size=0.3), grid=grid, generator=0)
+        for tol in (1e-11, 1e-5)
+    ]
+    assert _rms(found[1] - found[0]) < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_nothing_is_sampled_of_nothing(shape):
+    x = torch.zeros(shape, dtype=F64)
+    for run in (sample, encode):
+        assert run(lambda x_t, t: x_t, gaussian("vp"), x, "rk45", steps=3).shape == shape
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"rtol": 0.0}, {"atol": math.nan}, {"rtol": -1.0}, {"max_steps": 0}),
+        *({"rtol": "1"}, {"atol": None}, {"max_steps": 2.5}, {"max_steps": True}),
+    ],
+)
 def test_impossible_tolerances_are_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         Adaptive(**options)

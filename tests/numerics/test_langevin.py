@@ -144,6 +144,11 @@ def test_calls_are_as_declared_and_the_ends_have_no_langevin_steps():
     assert NAMES["pc"].stages == 2 and NAMES["langevin"].stages == 100 and NAMES["pc"].stochastic
 
 
+def test_a_predictor_may_be_named():
+    named = PredictorCorrector("ddpm", snr=0.16)
+    assert named == NAMES["pc"].solver and hash(named) == hash(NAMES["pc"].solver)
+
+
 def test_norms_are_those_of_an_item_over_its_valid_elements():
     """An item of any length and company moves as it would alone; fixed elements stay where they are."""
     process = gaussian("edm", mean_free=True)
@@ -187,6 +192,9 @@ def test_norms_are_those_of_an_item_over_its_valid_elements():
         (lambda: PredictorCorrector(None, size=0.0), "size"),
         (lambda: PredictorCorrector(None, size=2.0), "size"),
         (lambda: PredictorCorrector(None, size=math.nan), "size"),
+        (lambda: PredictorCorrector(None, size="a"), "size"),
+        (lambda: PredictorCorrector("ddpn", snr=0.1), "did you mean ddpm"),
+        (lambda: PredictorCorrector(5, snr=0.1), "a solver is a name or a Solver, not 5"),
         (
             lambda: PredictorCorrector(Resample(Multistep(1)), snr=0.1).plan(gaussian("vp"), Grid((0.5, 0.4, 0.3))),
             "goes up again",

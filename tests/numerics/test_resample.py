@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 
-from polydiff.core.errors import ConfigError
+from polydiff.core.errors import ConfigError, ScheduleError
 from polydiff.core.grids import Grid, make_grid
 from polydiff.core.noise import Noise, Projected
 from polydiff.core.processes import gaussian
-from polydiff.core.sampling import count, sample
+from polydiff.core.sampling import count, encode, sample
 from polydiff.core.schedules import as_time
 from polydiff.core.solvers import NAMES, Adaptive, Multistep, PredictorCorrector, Resample, RungeKutta
 from tests.numerics.affine import moments, start
@@ -196,6 +196,16 @@ def test_any_solver_can_be_repeated(inner):
     assert declared is None if isinstance(inner, Adaptive) else declared == denoise.calls
 
 
+def test_a_solver_may_be_named_and_alone_it_encodes():
+    data = Mixture(gaussian("vp"))
+    x = data.draw(data.process.t_min, 2)
+    assert Resample("ddim", 2) == Resample(Multistep(1), 2)
+    found = [encode(data.x0_hat, data.process, x, solver, steps=5) for solver in (Resample("ddim", 0), "ddim")]
+    assert torch.equal(*found)
+    with pytest.raises(ScheduleError, match="decrease"):
+        Resample("ddim", 1).plan(data.process, Grid((0.1, 0.2, 0.3), upward=True))
+
+
 def test_going_up_leaves_padding_fixed_elements_and_the_mean_alone():
     process = gaussian("edm", mean_free=True)
     mask = torch.arange(5) < torch.tensor([[5], [3]])
@@ -229,6 +239,11 @@ def test_going_up_leaves_padding_fixed_elements_and_the_mean_alone():
         (lambda: Resample(Multistep(1), -1), "repeats"),
         (lambda: Resample(Multistep(1), 1, 0), "jump"),
         (lambda: Resample(Multistep(1), 0.5, 2), "repeats"),
+        (lambda: Resample(Multistep(1), 1001), "repeats = 1001 .* from 0 to 1,000"),
+        (lambda: Resample(Multistep(1), True), "repeats"),
+        (lambda: Resample("dim"), "did you mean ddim"),
+        (lambda: Resample(None), "a solver is a name or a Solver"),
+        (lambda: Resample(Multistep(1), low="a", high=1.0), "low"),
         (lambda: Resample(Multistep(1), low=0.1), "window"),
         (lambda: Resample(Multistep(1), high=0.1), "window"),
         (lambda: Resample(Multistep(1), low=0.3, high=0.1), "window"),
@@ -247,7 +262,7 @@ def test_settings_without_meaning_are_refused(make, match):
     [
         (Resample(Multistep(1), 1, 3), "jump = 3 is longer than a grid of 2"),
         (Resample(Multistep(1), low=1e-4, high=1e-3), "window"),
-        (Resample(Multistep(1), low=1e6, high=1e7), "window"),
+        (Resample(Multistep(1), low=1e6, high=1e7), "window .*: take more steps or another window"),
         (Resample(Resample(Multistep(1))), "goes up again"),
     ],
 )

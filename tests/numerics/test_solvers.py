@@ -316,8 +316,38 @@ def test_the_predicted_field_does_not_change_the_sample(field):
         lambda: Multistep(3, startup="high"),
         lambda: RungeKutta("rk5"),
         lambda: RungeKutta("heun", "eps", Churn(math.inf)),
+        lambda: RungeKutta("heun", "eps", Churn("a")),
+        lambda: RungeKutta("heun", "eps", Churn(40.0, 5.0, 1.0)),
+        lambda: RungeKutta("heun", "eps", Churn(40.0, scale=-1.0)),
+        lambda: RungeKutta("heun", "eps", 5.0),
+        lambda: RungeKutta("heun", "eps", (1, 2, 3)),
+        lambda: Multistep(True),
+        lambda: Multistep("2"),
+        lambda: Multistep(1, eta="1"),
+        lambda: Multistep(1, eta=None),
+        lambda: Multistep(3, blend="a"),
     ],
 )
 def test_combinations_without_meaning_are_refused(make):
     with pytest.raises(ConfigError):
         make()
+
+
+@pytest.mark.parametrize("eta", [3.0, lambda log_snr: 3.0])
+def test_ancestral_noise_beyond_what_a_level_holds_is_refused(eta):
+    """DDIM's variance is eta^2 times that of the posterior, and no more than sigma_s^2."""
+    process, solver = gaussian("vp"), Multistep(1, eta=eta, noise_form="ancestral")
+    with pytest.raises(ConfigError, match="noise_form='sde'"):
+        solver.plan(process, make_grid("log_snr", 20, process))
+    step = solver.plan(process, Grid((0.5, 0.499))).steps[0]
+    at = [float(getattr(process.schedule, name)(torch.tensor(0.499))) for name in ("alpha", "sigma")]
+    start = [float(getattr(process.schedule, name)(torch.tensor(0.5))) for name in ("alpha", "sigma")]
+    assert step.scale * start[0] + step.weights[0] == pytest.approx(at[0])
+    assert math.hypot(step.scale * start[1], step.noise) == pytest.approx(at[1])
+
+
+@pytest.mark.filterwarnings("error")
+def test_churn_leaves_the_interval_from_alpha_0_alone():
+    process = gaussian("rectified_flow")
+    steps = RungeKutta("heun", "eps", Churn(40.0, 0.0, 1e9)).plan(process, make_grid("uniform", 5, process, 1.0)).steps
+    assert [step.lift is None for step in steps] == [True, False, False, False, False]

@@ -175,9 +175,14 @@ def test_it_follows_a_process_that_is_not_gaussian(level):
             solver.plan(process, make_grid("log_snr", 5, process))
 
 
-@pytest.mark.parametrize("level", [-0.1, math.nan, math.inf])
+@pytest.mark.parametrize("level", [-0.1, math.nan, math.inf, None, "a"])
 def test_bad_levels_are_refused(level):
-    with pytest.raises(ConfigError, match="level"):
+    with pytest.raises(ConfigError, match="level = "):
         EulerMaruyama(level)
-    with pytest.raises(ConfigError, match=r"level = .* at log-SNR"):
+    with pytest.raises(ConfigError, match=r"level at log-SNR .* = "):
         EulerMaruyama(lambda _: level).plan(gaussian("vp"), Grid((0.5, 0.4)))
+
+
+def test_a_level_is_a_function_of_one_number():
+    with pytest.raises(ConfigError, match="a function of the log-SNR alone"):
+        EulerMaruyama(lambda: 1.0).plan(gaussian("vp"), Grid((0.5, 0.4)))
