@@ -35,6 +35,11 @@ def finite(state: State) -> bool:
     return all(math.isfinite(leaf.detach().sum()) or bool(torch.isfinite(leaf).all()) for leaf in leaves(state))
 
 
+def flat(x: Tensor) -> Tensor:
+    """A tensor (b, *dims) as rows (b, d), whatever of it is empty."""
+    return x.reshape(len(x), math.prod(x.shape[1:]))
+
+
 def take(state: State, index: Any) -> State:
     """Index the leading axis of every leaf."""
     return tree_map(lambda x: x[index], state)
