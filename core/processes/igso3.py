@@ -183,8 +183,9 @@ def _invert(p: Tensor, flat: Tensor, sigma: Tensor) -> Tensor:
     cube = (6 * math.pi * p) ** (1 / 3)  # the uniform angle has w - sin(w) = pi p: its start, and a tangent at pi
     angle = torch.minimum(sigma * flat, torch.minimum(cube * (1 + cube**2 / 60), 0.5 * math.pi * (1 + p)))
     low, high = torch.zeros_like(p), torch.full_like(p, math.pi)
-    for _ in range(6):
+    for _ in range(5):
         gap = _either(angle, sigma, _cdf_near, _cdf_wide) - p
+        gap = torch.where(gap.abs() > 1e-15, gap, 0)  # less is rounding, which the far tail's density would magnify
         low, high = torch.where(gap < 0, angle, low), torch.where(gap > 0, angle, high)
         density = torch.exp(_log_density(angle, sigma)) * torch.sin(0.5 * angle) ** 2 * (2 / math.pi)
         angle = (angle - gap / density.clamp_min(1e-300)).clamp(0, math.pi)

@@ -132,8 +132,11 @@ def test_angle_inverts_the_distribution(sigma):
 
 def test_tangents_keep_their_direction_and_are_sigma_z_while_small():
     z = Noise(0, range(3)).draw(0, "z", torch.empty(3, 200, 3, dtype=torch.float64))
-    z[0, :3] = double([0.0, 1e-20, 1e-3])[:, None]
-    torch.testing.assert_close(igso3_tangent(z, 1e-4), 1e-4 * z, rtol=1e-6, atol=1e-18)
+    z[0, :7] = double([0.0, 1e-20, 1e-9, 1e-8, 1e-3, 3.0, 5.0])[:, None]
+    z[1, :100] = (
+        double([1.0, 0, 0]) * torch.logspace(-9, -7, 100, dtype=torch.float64)[:, None]
+    )  # chances round below 0
+    torch.testing.assert_close(igso3_tangent(z, 1e-4), 1e-4 * z, rtol=1e-6, atol=1e-10)
     sigma = double([[0.02], [0.7], [2.5]])
     tangent = igso3_tangent(z, sigma)
     torch.testing.assert_close(torch.linalg.cross(tangent, z, dim=-1), torch.zeros_like(z), rtol=0, atol=1e-14)
