@@ -39,7 +39,8 @@ def number(
     if not math.isnan(plain) and (least is None or plain >= least) and (above is None or plain > above):
         return float(plain)
     bounds = ("" if least is None else f" of at least {least:g}") + ("" if above is None else f" above {above:g}")
-    raise error(f"{name} = {shown(value)} must be a finite number{bounds}")
+    kind = "finite number" if isinstance(value, Real | Tensor) and not isinstance(value, bool) else "number"
+    raise error(f"{name} = {shown(value)} must be a {kind}{bounds}")
 
 
 def whole(name: str, value: Any, least: int = 1, most: int | None = None, error: Error = ConfigError) -> int:
@@ -78,6 +79,12 @@ def check_real(name: str, value: Any) -> None:
     """Refuse what is no tensor of floating-point numbers."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise ConfigError(f"{name} must be a floating-point tensor, not {shown(value)}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Refuse what is no tensor of true and false."""
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        raise ConfigError(f"{name} must be a bool tensor, not {shown(value)}")
 
 
 def check_process(process: Any, what: str = "", gaussian: bool = False) -> None:

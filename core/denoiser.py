@@ -11,7 +11,8 @@ are linear in x_0 and eps (``parts``), hence in each other once x_t is known: wa
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -164,7 +165,17 @@ class Prediction:
 
 
 Denoise = Callable[[Tensor, Tensor], Any]
-WITHOUT_MEMORY: ContextVar[bool] = ContextVar("without_memory", default=False)  # see Denoiser.bind
+_TRAJECTORY: ContextVar[object] = ContextVar("trajectory", default="")
+
+
+@contextmanager
+def trajectory(own: object) -> Iterator[None]:
+    """What a bound Denoise remembers inside belongs to this object; to None: nothing is remembered. See ``Denoiser.bind``."""
+    token = _TRAJECTORY.set(own)
+    try:
+        yield
+    finally:
+        _TRAJECTORY.reset(token)
 
 
 def as_prediction(process: GaussianProcess, x_t: Tensor, t: Tensor, output: Prediction | Tensor) -> Prediction:
@@ -298,14 +309,19 @@ class Denoiser(nn.Module):
     def bind(self, mask: Tensor | None = None, cond: Named = None) -> Denoise:
         """Fix mask and conditions: what solvers and guides see is a function of state and time.
 
-        A network that declares ``x0_hat`` (self-conditioning) is given its own last prediction, none at first; bind
-        anew for each trajectory. In ``encode`` and at times by item (b,), as adaptive integration has them, none is used
-        or left: there the prediction must be a function of state and time alone.
+        A network that declares ``x0_hat`` (self-conditioning) is given its own last prediction, none at first: of the
+        same run of ``sample``, or since it was bound in a loop of one's own. In ``encode``, in likelihoods and at times by
+        item (b,), as adaptive integration has them, none is used or left: there the prediction must be a function of state
+        and time alone.
         """
-        given, memory = dict(cond or {}), dict[str, Tensor]()
+        given, memory, owner = dict(cond or {}), dict[str, Tensor](), _TRAJECTORY.get()
 
         def denoise(x_t: Tensor, t: Tensor) -> Prediction:
-            alone = t.ndim or WITHOUT_MEMORY.get()
+            nonlocal owner
+            if (now := _TRAJECTORY.get()) is not owner:
+                memory.clear()
+                owner = now
+            alone = t.ndim or now is None
             prediction = self(x_t, t, mask, given if alone else {**given, **memory})
             if "x0_hat" in self.conditions and not alone:
                 memory["x0_hat"] = prediction.x0.detach()

@@ -3,13 +3,15 @@ r"""Chains of N noising steps, as most published models were trained on, as sche
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from polydiff.core.checks import number, row, whole
 from polydiff.core.errors import ScheduleError, unknown
-from polydiff.core.schedule import Schedule, as_time
+from polydiff.core.schedule import Schedule, as_time, bisect
 
 BETAS = ("linear", "scaled_linear", "cosine")
 # slopes at two end nodes
@@ -43,7 +45,7 @@ class Discrete(Schedule):
         beta_start, beta_end: first and last beta, in (0, 1).
         length: N.
         zero_terminal: rescale alpha so that it is 0 at t = 1 and unchanged at the first index.
-        alphas_cumprod: the chain itself, decreasing numbers in [0, 1), instead of betas and length.
+        alphas_cumprod: the chain itself, decreasing numbers in [0, 1) in a row of any kind, instead of betas and length.
 
     Raises:
         ScheduleError: an unknown name, betas outside (0, 1), a chain that does not decrease or has fewer than 4 steps.
@@ -56,16 +58,17 @@ class Discrete(Schedule):
     beta_end: float = 0.02
     length: int = 1000
     zero_terminal: bool = False
-    alphas_cumprod: tuple[float, ...] | None = None
+    alphas_cumprod: Sequence[float] | Tensor | None = None  # kept as a tuple
 
     def __post_init__(self) -> None:
         if self.betas not in BETAS:
             raise unknown("betas", self.betas, BETAS)
-        if not 0 < (start := self.beta_start) <= (end := self.beta_end) < 1:
+        start, end = (number(name, getattr(self, name), error=ScheduleError) for name in ("beta_start", "beta_end"))
+        if not 0 < start <= end < 1:
             raise ScheduleError(f"Discrete: needs 0 < beta_start <= beta_end < 1, got {start}, {end}")
-        gamma = _chain(self.betas, start, end, max(int(self.length), 1))
+        gamma = _chain(self.betas, start, end, whole("length", self.length, error=ScheduleError))
         if self.alphas_cumprod is not None:
-            table = as_time(self.alphas_cumprod)
+            table = row("alphas_cumprod", self.alphas_cumprod, ScheduleError).cpu()
             gamma = (1 - table) / (1 + table.clamp_min(0).sqrt())
             object.__setattr__(self, "alphas_cumprod", tuple(table.tolist()))
         if len(gamma) < 4:
@@ -109,12 +112,7 @@ class Discrete(Schedule):
         cubics = self._cubics.to(gamma.device)  # type: ignore[attr-defined]
         step = (torch.searchsorted(cubics[0].contiguous(), gamma.contiguous(), right=True) - 1).clamp_min(0)
         cubic = cubics[:, step]
-        low, high = torch.zeros_like(gamma), torch.ones_like(gamma)
-        for _ in range(_BISECTIONS):
-            u = 0.5 * (low + high)
-            below = _cubic(u, cubic) <= gamma
-            low, high = torch.where(below, u, low), torch.where(below, high, u)
-        u = low
+        u = bisect(lambda place: _cubic(place, cubic) <= gamma, gamma, _BISECTIONS)
         for _ in range(_NEWTON):
             u = (u - (_cubic(u, cubic) - gamma) / _slope(u, cubic)).clamp(0, 1)
         return (step + u) / self.length

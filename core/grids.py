@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from polydiff.core.checks import check_process, number, row, whole
 from polydiff.core.errors import ScheduleError, unknown
 from polydiff.core.schedules import as_time
 
 if TYPE_CHECKING:
     from polydiff.core.schedules import Schedule
+
+MOST_STEPS = 100_000  # a slip such as 1e9 would fill the memory with coefficients
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Grid:
     upward: bool = False
 
     def __post_init__(self) -> None:
-        times = tuple(float(t) for t in self.times)
+        times = tuple(row("the times of a grid", self.times, ScheduleError).tolist())
         object.__setattr__(self, "times", times)
         way, sign = ("increase", 1) if self.upward else ("decrease", -1)
         if self.final and self.upward:
@@ -141,17 +144,17 @@ def make_grid(
         t_start, t_end: noisiest and least noisy time, t_max and t_min by default; a discrete chain need not touch both.
 
     Raises:
-        ConfigError: unknown name. ScheduleError: n < 1, or ends at which the grid is not defined.
+        ConfigError: unknown name. ScheduleError: n is no whole number from 1 to 100,000, or ends at which the grid is not defined.
     """
-    if name not in GRIDS:
+    if name not in [*GRIDS]:
         raise unknown("grid", name, GRIDS)
-    if isinstance(n, bool) or int(n) != n or n < 1:
-        raise ScheduleError(f"steps = {n}: a grid has at least 1 interval")
-    start = process.t_max if t_start is None else float(t_start)
-    end = process.t_min if t_end is None else float(t_end)
+    n = whole("steps", n, most=MOST_STEPS, error=ScheduleError)
+    check_process(process)
+    start = number("t_start", process.t_max if t_start is None else t_start, error=ScheduleError)
+    end = number("t_end", process.t_min if t_end is None else t_end, error=ScheduleError)
     if not 0 <= end < start <= 1:
         raise ScheduleError(f"a grid runs down from t_start to t_end within [0, 1]; got {start} and {end}")
-    return _named(name, process.schedule, int(n), start, end, final)
+    return _named(name, process.schedule, n, start, end, final)
 
 
 @functools.lru_cache(maxsize=256)
@@ -165,7 +168,4 @@ def as_grid(grid: str | Grid | Tensor | Sequence[float], steps: int, process: An
         return make_grid(grid, steps, process)
     if isinstance(grid, Grid):
         return grid
-    times = torch.as_tensor(grid, dtype=torch.float64)
-    if times.ndim != 1:
-        raise ScheduleError(f"the times of a grid are one row of numbers, not a tensor of shape {tuple(times.shape)}")
-    return Grid(tuple(times.tolist()))
+    return Grid(grid)  # type: ignore[arg-type]

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from polydiff.core.checks import check_bool, check_output, check_real, number, shown
+from polydiff.core.checks import interval as window
 from polydiff.core.denoiser import Denoise, Prediction, as_prediction, coefficients
 from polydiff.core.errors import ConfigError, ScheduleError
 from polydiff.core.grids import Grid, as_grid
@@ -39,6 +41,8 @@ class Guide(Protocol):
 
 def join(parts: Sequence[Any], kind: str) -> Any:
     """Stack the tensors of equal dataclasses along a new leading axis, through all levels; the rest must be equal."""
+    if not parts:
+        raise ConfigError(f"there are no {kind} to stack")
     first = parts[0]
     if len(names := sorted({type(part).__name__ for part in parts})) > 1:
         raise ConfigError(f"{kind} of one batch must be of one kind, not {', '.join(names)}: sample them one by one")
@@ -64,11 +68,6 @@ def predicted(output: Prediction | Tensor, guide: str, signal: bool = False) -> 
     return output
 
 
-def _finite(scale: float) -> None:
-    if not math.isfinite(scale):
-        raise ConfigError(f"guidance = {scale} must be a finite number")
-
-
 def cfg(
     conditional: Denoise, unconditional: Denoise, scale: float, interval: tuple[float, float] | None = None
 ) -> Denoise:
@@ -89,12 +88,10 @@ def cfg(
 
     Source: Ho 2022, eq. 6 (their w is ours minus 1); Kynkaanniemi 2024 for the interval.
     """
-    _finite(scale)
+    scale = number("guidance", scale)
     if interval is None:
         return unconditional if scale == 0 else _extrapolate(conditional, unconditional, lambda _: scale)
-    low, high = interval
-    if not low < high:
-        raise ConfigError(f"guidance interval {(low, high)} must be (low, high) in log-SNR with low < high")
+    low, high = window("guidance interval", interval)
 
     def weight(output: Prediction | Tensor) -> Tensor:
         prediction = predicted(output, "guidance on an interval")
@@ -118,20 +115,23 @@ def cfg_pp(
     r"""CFG++: denoise with the guided prediction and renoise with the unconditional one.
 
     A step of DDIM then is :math:`x_s = \alpha_s [\hat x_0^u + w(\hat x_0^c - \hat x_0^u)] + \sigma_s\hat\varepsilon^u`, which
-    is DDIM under ``cfg`` with the scale :math:`w / (1 - e^{-h_k})`, where h_k is the log-SNR step of interval k. Exact for
-    ``ddim`` alone.
+    is DDIM under ``cfg`` with the scale :math:`w / (1 - e^{-h_k})`, where h_k is the log-SNR step of interval k. A Denoise
+    cannot tell who calls: under another solver than ``ddim`` this is ``cfg`` with that scale, and not CFG++.
 
     Args:
         conditional, unconditional: as in ``cfg``.
         scale: w, in [0, 1] from unconditional to conditional.
-        times: the grid that is sampled on.
+        times: the grid that is sampled on, or its times.
 
     Raises:
-        ConfigError: scale not finite, a bare state, or a call at a time where no interval of the grid starts.
+        ConfigError: a scale outside of [0, 1], a bare state, or a call at a time where no interval of the grid starts.
 
     Source: Chung 2024 (CFG++), algorithm 2.
     """
-    _finite(scale)
+    if not 0 <= (scale := number("guidance", scale)) <= 1:
+        raise ConfigError(f"guidance = {scale} of CFG++ must lie in [0, 1]: it is no scale of cfg, but its own w")
+    if isinstance(times, str):
+        raise ConfigError(f"CFG++ needs the grid itself, not its name: give make_grid({times!r}, steps, process)")
     grid = as_grid(times, 0, None)
     starts = as_time(grid.times[: grid.steps])
 
@@ -160,6 +160,8 @@ def _extrapolate(conditional: Denoise, unconditional: Denoise, weight: Callable[
         if bool((w == 1).all()) if isinstance(w, Tensor) else w == 1:
             return with_condition
         without = unconditional(x_t, t)
+        for output, which in ((with_condition, "with"), (without, "without")):  # their sum would broadcast
+            check_output(output, x_t, f"{which} its condition, at t = {shown(t)}", numbers=False)
         w = expand(w, x_t) if isinstance(w, Tensor) else w
         if not isinstance(with_condition, Prediction):  # a bare state is x0_hat
             base = without.x0 if isinstance(without, Prediction) else without
@@ -188,15 +190,15 @@ def classifier_guidance(denoise: Denoise, log_prob: Callable[[Tensor, Tensor], T
 
     Source: Dhariwal 2021, algorithm 1; Song 2021, eq. 14.
     """
-    _finite(scale)
+    scale = number("guidance", scale)
 
     def guided(x_t: Tensor, t: Tensor) -> Prediction:
         prediction = predicted(denoise(x_t, t), "classifier guidance", signal=True)
         x, again = differentiable(x_t)
         with torch.enable_grad():
             value = log_prob(x, t)
-            if value.shape != x_t.shape[:1]:
-                raise ConfigError(f"log_prob returned {tuple(value.shape)} where ({x_t.shape[0]},) is needed")
+            if not isinstance(value, Tensor) or value.shape != x_t.shape[:1]:
+                raise ConfigError(f"log_prob returned {shown(value)} where a tensor ({len(x_t)},) is needed")
             gradient = gradient_of(value, x, torch.ones_like(value), again, "log_prob")
         slope = coefficients(prediction.process.schedule, prediction.t, "score", prediction.given)[1]
         return prediction.replace(prediction.value + expand(scale * slope, x_t) * gradient)
@@ -241,9 +243,11 @@ class Replacement(Guide):
 
     def __post_init__(self) -> None:
         where, known = self.where, self.known
+        check_real("known", known)
+        check_bool("where", where)
         fits = where.ndim == known.ndim and all(m in (1, n) for m, n in zip(where.shape, known.shape, strict=True))
-        if not fits or where.dtype != torch.bool:
-            raise ConfigError(f"where {tuple(where.shape)} must be bool and fit known {tuple(known.shape)}")
+        if not fits:
+            raise ConfigError(f"where {tuple(where.shape)} must fit known {tuple(known.shape)}")
         if bad := int((where & ~torch.isfinite(known)).sum()):
             raise ConfigError(f"{bad} of the known numbers are not finite: leave them out of where")
 

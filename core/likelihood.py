@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polydiff.core.checks import check_mask, check_output, check_process, check_real, check_state, number, shown, whole
 from polydiff.core.denoiser import Denoise
 from polydiff.core.errors import ConfigError, ScheduleError
 from polydiff.core.grids import Grid
 from polydiff.core.noise import as_noise
-from polydiff.core.sampling import check_output, check_state
 from polydiff.core.solvers.adaptive import Leaves, angle, check_tolerances, integrate, predict_items, scale, time_of
 from polydiff.core.solvers.base import make_points
-from polydiff.core.tree import expand
+from polydiff.core.tree import expand, flat
 from polydiff.core.variational import VariationalBound
 
 EXACT_LIMIT = 4096  # most elements of which every derivative is taken: one backward pass for each, at every evaluation
-MAX_STEPS = 10_000
+MAX_STEPS, MOST_PROBES = 10_000, 10_000
 
 
 @torch.inference_mode(False)
@@ -63,23 +63,24 @@ def log_prob(
 
     Raises:
         ConfigError: a process that is not Gaussian, an exact divergence of too many elements, probes or tolerances that are
-            not positive, a denoiser without a gradient or that returns anything but a tensor like the state.
+            not positive, a denoiser without a gradient (a constant one, too) or that returns anything but a tensor like the state.
         ScheduleError: t_min is not below t_max, or sigma is 0 there. DivergenceError: a step cannot reach the tolerance.
     """
-    if getattr(process, "kind", "") != "gaussian":
-        raise ConfigError(f"log_prob needs a Gaussian process, not {type(process).__name__}")
-    check_state(x0)
+    check_state(x0, process, denoise)
+    check_process(process, "log_prob", gaussian=True)
+    check_mask("mask", mask, x0, process.mask_axis)
     check_tolerances(rtol, atol)
     schedule = process.schedule
-    low = process.t_min if t_min is None else float(t_min)
+    low = process.t_min if t_min is None else number("t_min", t_min)
     start, end = make_points(schedule, Grid((low, process.t_max), upward=True))
     if start.sigma == 0:
         raise ScheduleError(f"at t = {low} sigma is 0 and there is no density to follow: take a larger t_min")
     dims = process.dims(x0, mask).to("cpu", torch.float64)
-    if not exact and probes < 1:
-        raise ConfigError(f"probes = {probes} must be at least 1")
+    probes = 0 if exact else whole("probes", probes, most=MOST_PROBES)
     noise = as_noise(generator, len(x0), process.mask_axis)
-    signs = [process.project(noise.draw(k, "probe", x0, mask=mask).sign(), mask) for k in range(0 if exact else probes)]
+    if not x0.numel():
+        return torch.zeros(len(x0), dtype=torch.float64)
+    signs = [process.project(noise.draw(k, "probe", x0, mask=mask).sign(), mask) for k in range(probes)]
     if exact and x0[0].numel() > EXACT_LIMIT:
         raise ConfigError(
             f"an exact divergence of {x0[0].numel():,} elements takes as many backward passes at each of some hundred "
@@ -103,9 +104,8 @@ def log_prob(
         trace = torch.zeros(len(x), dtype=x.dtype, device=x.device)
         for u in _basis(process, x, mask) if exact else signs:
             (product,) = torch.autograd.grad(p, x, u, retain_graph=True)
-            trace += (u * product).reshape(len(x), -1).sum(1)
-        share = 1 if exact else probes
-        return p.detach(), c * trace.to("cpu", torch.float64) / (share * dims.clamp_min(1))
+            trace += flat(u * product).sum(1)
+        return p.detach(), c * trace.to("cpu", torch.float64) / ((probes or 1) * dims.clamp_min(1))
 
     def norm(errors: Leaves) -> Tensor:
         return torch.maximum(process.mean(errors[0] ** 2, mask).sqrt().to("cpu", torch.float64), errors[1].abs())
@@ -121,7 +121,7 @@ def _basis(process: Any, x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
     """The unit vectors of the elements that are valid in some item, projected; the sum of u u^T is the projection."""
     valid = process.valid(x, mask)
     used = torch.ones_like(x) if valid is None else valid.expand_as(x)
-    for i in used.reshape(len(x), -1).any(0).nonzero()[:, 0]:
+    for i in flat(used).any(0).nonzero()[:, 0]:
         u = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
         u.view(len(x), -1)[:, i] = 1
         yield process.project(u, mask)
@@ -149,7 +149,7 @@ def elbo(
         mask, generator: valid elements, bool (b, n), and the source of the noise.
 
     Returns:
-        Nats (b,), whose expectation over the noise is the bound; -nats / (d ln 2) are bits per dimension.
+        Nats (b,), float64 on the host, whose expectation over the noise is the bound; -nats / (d ln 2) are bits per dimension.
 
     Raises:
         ConfigError: fewer than 2 steps or bins, a mean-free process, or a denoiser that returns anything but a tensor like
@@ -157,7 +157,9 @@ def elbo(
 
     Source: Ho 2020, eq. 5; Kingma 2021, eq. 13 and 14.
     """
-    check_state(x0)
+    check_state(x0, process, denoise)
+    check_process(process, "elbo", gaussian=True)
+    check_mask("mask", mask, x0, process.mask_axis)
     bound = VariationalBound(process, steps, bins, learned=False)
 
     def checked(x_t: Tensor, t: Tensor) -> Any:
@@ -165,7 +167,8 @@ def elbo(
         check_output(output, x_t, f"at t = {float(t):.6g}")
         return output
 
-    return -bound.total(checked, x0, generator, mask) * math.log(2) * process.dims(x0, mask)
+    bits = bound.total(checked, x0, generator, mask) * process.dims(x0, mask)
+    return -math.log(2) * bits.to("cpu", torch.float64)
 
 
 def dequantise(x: Tensor, bins: int = 256, low: float = -1.0, high: float = 1.0, generator: Any = None) -> Tensor:
@@ -175,18 +178,24 @@ def dequantise(x: Tensor, bins: int = 256, low: float = -1.0, high: float = 1.0,
     from ``generator``, as in ``sample``.
 
     Raises:
-        ConfigError: fewer than 2 bins, or values that are not on the levels.
+        ConfigError: fewer than 2 bins, low not under high, or values that are not on the levels.
 
     Source: Theis 2016, section 3.1: the log density of the result is on average below that of the levels.
     """
-    if bins < 2 or not low < high:
-        raise ConfigError(f"dequantise needs at least 2 bins and low < high, got {bins}, {low}, {high}")
+    width = _levels(bins, low, high)
+    check_real("x", x)
     place = (x - low) * ((bins - 1) / (high - low))
     level = place.round()
-    if bool(((place - level).abs() > 0.01).any()) or bool(((level < 0) | (level >= bins)).any()):
+    if not bool((((place - level).abs() <= 0.01) & (level >= 0) & (level < bins)).all()):  # a NaN is on none
         raise ConfigError(f"the values to dequantise are not on {bins} equally spaced levels from {low} to {high}")
     u = torch.special.ndtr(as_noise(generator, len(x)).draw(0, "dequantise", x)).clamp(0, 1 - 1e-6)
-    return low + (high - low) / bins * (level + u)
+    return low + width * (level + u)
+
+
+def _levels(bins: int, low: float, high: float) -> float:
+    """Width of each of the cells that fill [low, high]."""
+    number("high - low", number("high", high) - number("low", low), above=0)
+    return (high - low) / whole("bins", bins, least=2)
 
 
 def bits_per_dim(
@@ -205,5 +214,14 @@ def bits_per_dim(
         dims: d, one number or by item (``process.dims(x, mask)``).
         bins, low, high: as in ``dequantise``.
         alpha: the factor by which the data were scaled before ``log_prob``.
+
+    Raises:
+        ConfigError: dims that are not positive or not one for each item; bins, low, high or alpha out of range.
     """
-    return -(log_p / dims + math.log(alpha)) / math.log(2) - math.log2((high - low) / bins)
+    check_real("log_p", log_p)
+    each = torch.as_tensor(dims).to(log_p)
+    if each.shape not in ((), log_p.shape) or not bool(((each > 0) & torch.isfinite(each)).all()):
+        raise ConfigError(f"dims = {shown(dims)} must be positive, one number or one for each item")
+    return -(log_p / each + math.log(number("alpha", alpha, above=0))) / math.log(2) - math.log2(
+        _levels(bins, low, high)
+    )

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from polydiff.core.checks import shown
 from polydiff.core.errors import ConfigError
 from polydiff.core.schedules import as_time
 
@@ -123,12 +126,20 @@ def as_noise(
 
     That is a Noise; a generator, from which one seed per item is drawn once; one generator per item; a seed; or None for a
     seed from the operating system.
+
+    Raises:
+        ConfigError: anything else, or as many generators or streams as do not fit.
     """
     if isinstance(source, Noise):
         return source
-    if source is None or isinstance(source, int):
-        return Noise(torch.Generator().seed() if source is None else source, range(n), mask_axis=mask_axis)
-    generators = [source] * n if isinstance(source, torch.Generator) else list(source)
+    if source is None or (isinstance(source, Integral) and not isinstance(source, bool)):
+        seed = int.from_bytes(os.urandom(8), "little") if source is None else int(source)
+        return Noise(seed, range(n), mask_axis=mask_axis)
+    generators = [source] * n if isinstance(source, torch.Generator) else source
+    if not isinstance(generators, list | tuple) or not all(isinstance(g, torch.Generator) for g in generators):
+        raise ConfigError(
+            f"generator = {shown(source)} must be a seed, a Noise, a torch.Generator, one for each item, or None"
+        )
     if len(generators) != n:
         raise ConfigError(f"{len(generators)} generators for a batch of {n}: give one generator, or one per item")
     seeds = [int(torch.randint(2**62, (), generator=g, device=g.device)) for g in generators]

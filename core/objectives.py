@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from polydiff.core.checks import number
 from polydiff.core.denoiser import FIELDS, coefficients, parts, preconditioning
 from polydiff.core.errors import ConfigError, unknown
 from polydiff.core.schedules import Schedule, as_time
@@ -119,24 +120,22 @@ class Objective:
             raise unknown("time sampler", name, TIMES)
         if weight not in WEIGHTS:
             raise unknown("weight", weight, WEIGHTS)
-        rates = drop.values() if isinstance(drop, Mapping) else [drop]
-        if not all(0 <= rate <= 1 for rate in rates):
-            raise ConfigError(f"objective.drop = {drop} must be a probability between 0 and 1")
+        for rate in drop.values() if isinstance(drop, Mapping) else [drop]:
+            if not 0 <= number("objective.drop", rate) <= 1:
+                raise ConfigError(f"objective.drop = {drop} must be a probability between 0 and 1")
+        for key, value in options.items():
+            number(f"objective.time {name!r}: {key}", value, above=0 if key == "std" else None)
         try:
             TIMES[name](torch.full((1,), 0.5, dtype=torch.float64), process.schedule, **options)
         except TypeError as error:
             raise ConfigError(f"objective.time {name!r} does not take {sorted(options)}: {error}") from None
-        if not all(math.isfinite(value) and (key != "std" or value > 0) for key, value in options.items()):
-            raise ConfigError(f"objective.time {name!r} needs finite numbers and a positive std, got {options}")
         self.process, self.sigma_data, self.stratified, self.drop = process, sigma_data, stratified, drop
         self._time, self._time_options, self._weight = TIMES[name], options, WEIGHTS[weight]
         self.terms = dict(terms or {})
         self.bound: VariationalBound | None = None
         if variance is not None:
             chain = {"weight": 0.001, **variance}
-            factor = chain.pop("weight")
-            if type(factor) not in (int, float) or not 0 <= factor < math.inf:
-                raise ConfigError(f"objective.variance.weight={factor} must be finite and at least 0")
+            factor = number("objective.variance.weight", chain.pop("weight"), least=0)
             for key in chain:
                 if key not in ("steps", "bins"):
                     raise unknown("option", f"objective.variance.{key}", ("weight", "steps", "bins"))

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from polydiff.core.adapter import Condition, Item
 from polydiff.core.errors import ConfigError, PolydiffError, unknown
-from polydiff.core.grids import GRIDS
+from polydiff.core.grids import GRIDS, MOST_STEPS
 from polydiff.core.objectives import RESERVED
 from polydiff.core.solvers import NAMES, Solver
 from polydiff.core.tree import State, leaves
 
-MOST_STEPS = 100_000  # of a solver; a slip such as 1e9 would fill the memory with coefficients
 SHOWN = 64  # samples that tell what a model does
 TINY = 16  # numbers in a state; so small ones show nothing by themselves, only many of them together do
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polydiff.core.denoiser import WITHOUT_MEMORY, Denoise, Prediction, as_prediction
-from polydiff.core.errors import ConfigError, DivergenceError
+from polydiff.core.checks import check_mask, check_output, check_state
+from polydiff.core.denoiser import Denoise, Prediction, as_prediction, trajectory
+from polydiff.core.errors import ConfigError, DivergenceError, ScheduleError
 from polydiff.core.grids import Grid, as_grid, make_grid
 from polydiff.core.noise import Noise, Projected, as_noise
 from polydiff.core.solvers import Solver, resolve
@@ -64,58 +65,17 @@ def sample(
     Raises:
         ConfigError: unknown names, a solver that does not work on this process, a state that is not finite, or a denoiser
             that returns anything but a tensor like the state. ScheduleError: a grid that does not decrease or starts
-            where the denoiser says nothing. DivergenceError: the denoiser or the result is not finite. Only the first
-            step's predictions are looked at; a run that fails is repeated, with the same noise, to say where.
+            where the denoiser says nothing. DivergenceError: the denoiser or the result is not finite; such a run is
+            repeated, with the same noise, to say at which step.
     """
-    check_state(x_T)
-    method = resolve(solver)
-    plan = method.plan(process, as_grid(grid, steps, process))
-    noise = Projected(as_noise(generator, batch_size(x_T), getattr(process, "mask_axis", 1)), process, mask, fixed)
-    k, last = 0, None
-
-    def hold(state: Any) -> Any:
-        """Put fixed elements back to their value at the start."""
-        if fixed is None:
-            return state
-        return tree_map(lambda new, old: torch.where(process.valid(new, fixed).bool(), old, new), state, x_T)
-
-    def guarded(x_t: Any, t: Tensor) -> Any:
-        nonlocal last
-        prediction = denoise(hold(x_t), t)
-        if callback is not None:
-            last = as_prediction(process, x_t, t, prediction).x0
-        return prediction
-
-    call = denoise if fixed is None and callback is None else guarded
-
-    def run(strict: bool) -> Any:
-        def checked(x_t: Any, t: Tensor) -> Any:
-            output = call(x_t, t)
-            place = f"at step {k + 1} of {len(plan)}, t = {float(t.flatten()[0]):.6g}"
-            check_output(output, x_t, place, numbers=strict)
-            return output
-
-        nonlocal k
-        state = method.init(x_T, plan)
-        use: Denoise = checked
-        for k in range(len(plan)):
-            state = method.step(state, k, plan, use, noise)
-            if not strict:
-                use = call
-                if callback is not None:
-                    callback(k, plan.points[k].t, hold(state.x), hold(last))
-        return hold(state.x)
-
-    try:
-        result = run(strict=False)
-    except (RuntimeError, DivergenceError):
-        run(strict=True)  # it names a denoiser that is at fault
-        raise
-    if not finite(result) or any(a.shape != b.shape for a, b in zip(leaves(result), leaves(x_T), strict=True)):
-        run(strict=True)
-        hint = "try more steps, another grid, or less guidance"
-        raise DivergenceError(f"the sample is not finite after {len(plan)} steps: {hint}")
-    return result
+    check_state(x_T, process, denoise)
+    noise = as_noise(generator, batch_size(x_T), getattr(process, "mask_axis", 1))
+    way = as_grid(grid, steps, process)
+    if way.upward:
+        raise ScheduleError(
+            "sample runs down from noise to data, and this grid runs up: give grid.reversed(), or encode"
+        )
+    return _walk(denoise, process, x_T, resolve(solver), way, noise, mask, fixed, callback)
 
 
 @torch.no_grad()
@@ -141,42 +101,88 @@ def encode(
     Raises:
         ConfigError: as ``sample``, or a solver that draws noise. ScheduleError, DivergenceError: as ``sample``.
     """
+    check_state(x0, process, denoise)
     method = resolve(solver)
     if method.stochastic:
         raise ConfigError(f"encode needs a solver without noise, not {solver}: take rk45, ddim or heun")
     down = make_grid(grid, steps, process, final=False) if isinstance(grid, str) else as_grid(grid, steps, process)
-    token = WITHOUT_MEMORY.set(True)
-    try:
-        return sample(denoise, process, x0, method, grid=down.reversed(), mask=mask, generator=0)
-    finally:
-        WITHOUT_MEMORY.reset(token)
+    if down.upward:
+        raise ScheduleError(
+            "encode takes a grid as sample does, downward, and walks it from its end: give grid.reversed()"
+        )
+    noise = as_noise(0, batch_size(x0), getattr(process, "mask_axis", 1))
+    return _walk(denoise, process, x0, method, down.reversed(), noise, mask)
 
 
-def check_state(x: Any) -> None:
-    """Refuse a state that is not of finite floating-point numbers, (b, *dims)."""
-    for leaf in leaves(x):
-        if not (isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim):
-            raise ConfigError("a state is a floating-point tensor (b, *dims)")
-        if not finite(leaf):
-            row = int((~torch.isfinite(leaf).reshape(len(leaf), -1).all(1)).nonzero()[0])
-            raise ConfigError(f"the state to start from is not finite: look at item {row} of {len(leaf)}")
+def _walk(
+    denoise: Denoise,
+    process: Any,
+    x: Any,
+    method: Solver,
+    grid: Grid,
+    source: Noise,
+    mask: Tensor | None,
+    fixed: Tensor | None = None,
+    callback: Callback | None = None,
+) -> Any:
+    """Take a state from the first time of a grid to the last."""
+    for name, marked in {"mask": mask, "fixed": fixed}.items():
+        check_mask(name, marked, x, source.mask_axis)
+    plan = method.plan(process, grid)
+    noise = Projected(source, process, mask, fixed)
+    if not all(leaf.numel() for leaf in leaves(x)):
+        return tree_map(torch.clone, x)  # of no numbers
+    shape, dtype, device = (None, None, None) if isinstance(x, dict) else (x.shape, x.dtype, x.device)
 
+    def hold(state: Any) -> Any:
+        """Put fixed elements back to their value at the start."""
+        if fixed is None:
+            return state
+        return tree_map(lambda new, old: torch.where(process.valid(new, fixed).bool(), old, new), state, x)
 
-def check_output(output: Any, x_t: Any, place: str, numbers: bool = True) -> None:
-    """Refuse what a Denoise returned unless it is like the state, and finite where ``numbers`` are looked at.
+    def run(strict: bool) -> Any:
+        """All steps; a strict run looks at every number that the denoiser returns, and calls nobody back."""
+        k, last = 0, None
 
-    Raises:
-        ConfigError: another type, shape, dtype or device. DivergenceError: not finite.
-    """
-    value = output.value if isinstance(output, Prediction) else output
-    if isinstance(value, dict) != isinstance(x_t, dict) or not all(isinstance(leaf, Tensor) for leaf in leaves(value)):
-        raise ConfigError(f"the denoiser returned a {type(value).__name__} {place}: a Prediction or a tensor is needed")
-    for got, like in zip(leaves(value), leaves(x_t), strict=True):
-        for name in ("shape", "dtype", "device"):
-            ours, needed = getattr(got, name), getattr(like, name)
-            if ours != needed:
-                ours, needed = (tuple(v) if name == "shape" else v for v in (ours, needed))
-                raise ConfigError(f"the denoiser returned {name} {ours} for a state of {name} {needed} {place}")
-    if numbers and not finite(value):
-        hint = "try more steps, another grid or less guidance, or see whether its training diverged"
-        raise DivergenceError(f"the denoiser returned numbers that are not finite {place}: {hint}")
+        def checked(x_t: Any, t: Tensor) -> Any:
+            output = denoise(x_t, t)
+            value = output.value if type(output) is Prediction else output
+            # all that check_output looks at besides numbers, at a tenth of its price
+            if (
+                strict
+                or type(value) is not Tensor
+                or value.shape != shape
+                or value.dtype != dtype
+                or value.device != device
+            ):
+                place = f"at step {k + 1} of {len(plan)}, t = {float(t.flatten()[0]):.6g}"
+                check_output(output, x_t, place, numbers=strict)
+            return output
+
+        def guarded(x_t: Any, t: Tensor) -> Any:
+            nonlocal last
+            prediction = checked(hold(x_t), t)
+            if callback is not None:
+                last = as_prediction(process, x_t, t, prediction).x0
+            return prediction
+
+        use = checked if fixed is None and callback is None else guarded
+        state = method.init(x, plan)
+        with trajectory(None if grid.upward else object()):
+            for k in range(len(plan)):
+                try:
+                    state = method.step(state, k, plan, use, noise)
+                except DivergenceError:
+                    if not strict:
+                        run(strict=True)  # it names a denoiser that is at fault
+                    raise
+                if callback is not None and not strict:
+                    callback(k, plan.points[k].t, hold(state.x), hold(last))
+        return hold(state.x)
+
+    result = run(strict=False)
+    if not finite(result):
+        run(strict=True)
+        hint = "try more steps, another grid, or less guidance"
+        raise DivergenceError(f"the sample is not finite after {len(plan)} steps: {hint}")
+    return result

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from polydiff.core.checks import number
 from polydiff.core.errors import ScheduleError
 
 
 def as_time(t: Tensor | float | Sequence[float]) -> Tensor:
     """Time as a float64 tensor on its own device."""
     return torch.as_tensor(t, dtype=torch.float64)
+
+
+def bisect(below: Callable[[Tensor], Tensor], like: Tensor, rounds: int) -> Tensor:
+    """The places in [0, 1], shaped like a tensor, under which ``below`` is true: their lower bounds after some halvings."""
+    low, high = torch.zeros_like(like), torch.ones_like(like)
+    for _ in range(rounds):
+        middle = 0.5 * (low + high)
+        under = below(middle)
+        low, high = torch.where(under, middle, low), torch.where(under, high, middle)
+    return low
 
 
 class Schedule(ABC):
@@ -26,8 +36,7 @@ class Schedule(ABC):
     def check_positive(self) -> None:
         """Refuse parameters that are not positive, finite numbers."""
         for name, value in vars(self).items():
-            if not 0 < value < math.inf:
-                raise ScheduleError(f"{type(self).__name__}: {name} = {value} must be a positive, finite number")
+            number(f"{type(self).__name__}: {name}", value, above=0, error=ScheduleError)
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from polydiff.core.discrete import Discrete
 from polydiff.core.errors import ScheduleError
-from polydiff.core.schedule import Schedule, as_time
+from polydiff.core.schedule import Schedule, as_time, bisect
 
 __all__ = [
     "EDM",
@@ -255,12 +255,7 @@ class Custom(Schedule):
 
     def t_of_log_snr(self, log_snr: Tensor) -> Tensor:
         log_snr = as_time(log_snr)
-        low, high = torch.zeros_like(log_snr), torch.ones_like(log_snr)
-        for _ in range(60):
-            middle = 0.5 * (low + high)
-            noisier = self.log_snr(middle) < log_snr
-            low, high = torch.where(noisier, low, middle), torch.where(noisier, middle, high)
-        return 0.5 * (low + high)
+        return bisect(lambda t: self.log_snr(t) >= log_snr, log_snr, 60)
 
 
 def _derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:

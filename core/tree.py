@@ -32,7 +32,7 @@ def batch_size(state: State) -> int:
 def finite(state: State) -> bool:
     """Whether every number of a state is finite."""
     # a finite sum has finite terms, and costs a third; finite terms may overflow it
-    return all(math.isfinite(leaf.detach().sum()) or bool(torch.isfinite(leaf).all()) for leaf in leaves(state))
+    return all(math.isfinite(leaf.sum().item()) or bool(torch.isfinite(leaf).all()) for leaf in leaves(state))
 
 
 def flat(x: Tensor) -> Tensor:

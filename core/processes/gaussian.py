@@ -5,15 +5,17 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from polydiff.core.checks import check_mask, number, shown
 from polydiff.core.denoiser import Prediction
 from polydiff.core.errors import ConfigError, ScheduleError, unknown
 from polydiff.core.noise import Noise
 from polydiff.core.schedules import SCHEDULES, Schedule, as_time
-from polydiff.core.tree import expand
+from polydiff.core.tree import expand, flat
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,14 @@ class GaussianProcess:
     mean_free: bool = False
     mask_axis: int = 1
     kind = "gaussian"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.schedule, Schedule):
+            raise ConfigError(f"schedule = {shown(self.schedule)} must be a Schedule; by name: gaussian('vp')")
+        if type(self.mean_free) is not bool or self.mask_axis not in (1, -1):
+            raise ConfigError(
+                f"mean_free = {shown(self.mean_free)} must be true or false, mask_axis = {shown(self.mask_axis)} 1 or -1"
+            )
 
     @property
     def t_min(self) -> float:
@@ -98,26 +108,22 @@ class GaussianProcess:
 
     def valid(self, like: Tensor, mask: Tensor | None, fixed: Tensor | None = None) -> Tensor | None:
         """Generated elements as a 0/1 tensor that broadcasts against (b, *dims), or None when all of them are."""
+        for name, marked in (("mask", mask), ("fixed", fixed)):
+            check_mask(name, marked, like, self.mask_axis)
         if fixed is not None:
             mask = ~fixed if mask is None else mask & ~fixed
         if mask is None:
             return None
         axis = self.mask_axis % like.ndim
-        b, n = like.shape[0], like.shape[axis]
-        if mask.shape != (b, n):
-            raise ConfigError(
-                f"a mask of shape {tuple(mask.shape)} does not fit a state {tuple(like.shape)}: "
-                f"(b, n) with n = {n} along axis {self.mask_axis} is needed"
-            )
-        shape = [b, *[1] * (like.ndim - 1)]
-        shape[axis] = n
+        shape = [len(like), *[1] * (like.ndim - 1)]
+        shape[axis] = like.shape[axis]
         return mask.reshape(shape).to(like.dtype)
 
     def mean(self, values: Tensor, mask: Tensor | None = None, fixed: Tensor | None = None) -> Tensor:
         """Average (b,) of values (b, *dims) over the generated elements."""
         valid = self.valid(values, mask, fixed)
         if valid is None:
-            return values.reshape(len(values), -1).mean(1)
+            return flat(values).mean(1)
         valid = valid.expand_as(values).flatten(1)
         return (values.flatten(1) * valid).sum(1) / valid.sum(1).clamp_min(1)
 
@@ -125,13 +131,13 @@ class GaussianProcess:
         """Log density (b,) in nats of the prior N(0, sigma(t_max)^2) over valid elements (their mean-free subspace)."""
         valid, sigma = self.valid(x, mask), self._prior_std
         squares = ((x if valid is None else x * valid) / sigma) ** 2
-        return -0.5 * (squares.reshape(len(x), -1).sum(1) + math.log(2 * math.pi * sigma**2) * self.dims(x, mask))
+        return -0.5 * (flat(squares).sum(1) + math.log(2 * math.pi * sigma**2) * self.dims(x, mask))
 
     def dims(self, like: Tensor, mask: Tensor | None = None) -> Tensor:
         """Dimension (b,) of the space that states live in: valid elements, less those that being mean-free takes."""
         valid = self.valid(like, mask)
         weight = torch.ones_like(like) if valid is None else valid.expand_as(like)
-        dims = weight.reshape(len(like), -1).sum(1)
+        dims = flat(weight).sum(1)
         return dims - weight.amax(self.mask_axis).flatten(1).sum(1) if self.mean_free else dims
 
     def rate(self, x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
@@ -147,9 +153,7 @@ class GaussianProcess:
         return y - x
 
 
-def gaussian(
-    schedule: str = "edm", mean_free: bool = False, mask_axis: int = 1, **parameters: float | str
-) -> GaussianProcess:
+def gaussian(schedule: str = "edm", mean_free: bool = False, mask_axis: int = 1, **parameters: Any) -> GaussianProcess:
     """Build a Gaussian process from names, numbers and switches, as configurations hold them.
 
     Args:
@@ -160,14 +164,15 @@ def gaussian(
     Raises:
         ConfigError: unknown schedule or parameter, or a parameter that is no number (no name, not true or false).
     """
-    if schedule not in SCHEDULES:
+    if schedule not in [*SCHEDULES]:
         raise unknown("schedule", schedule, SCHEDULES)
     valid = inspect.signature(SCHEDULES[schedule]).parameters
     for name, value in parameters.items():
         if name not in valid:
             raise unknown(f"parameter of the schedule {schedule!r}", name, valid)
         kind = type(valid[name].default)
-        wanted, needed = {str: (str, "a name"), bool: (bool, "true or false")}.get(kind, (int | float, "a number"))
-        if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
-            raise ConfigError(f"process.{name} = {value!r} must be {needed}")
+        if kind in (int, float):
+            number(f"process.{name}", value)
+        elif kind in (str, bool) and not isinstance(value, kind):
+            raise ConfigError(f"process.{name} = {shown(value)} must be {'a name' if kind is str else 'true or false'}")
     return GaussianProcess(SCHEDULES[schedule](**parameters), mean_free, mask_axis)

@@ -157,7 +157,7 @@ def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(ConfigError, match="mean-free"):
         _ = centred.fraction
     for options in ({"steps": 1}, {"steps": 2.5}, {"bins": 1}, {"weight": -1.0}, {"weight": math.inf}, {"weight": "a"}):
-        with pytest.raises(ConfigError, match=f"objective.variance.{next(iter(options))}="):
+        with pytest.raises(ConfigError, match=f"objective.variance.{next(iter(options))} = "):
             Objective(process, variance=options)
     with pytest.raises(ConfigError, match="eta = 1"):
         Multistep(1, "x0", eta=0.5, noise_form="learned")
