@@ -81,7 +81,10 @@ def tabulate(schedule: Schedule, time: Array, final: bool = False) -> Point:
     columns = np.empty((4, n + final))
     columns[:, n:] = [[0.0], [1.0], [0.0], [math.inf]]
     columns[0, :n] = time
-    for k, values in enumerate((schedule.alpha(t), schedule.sigma(t), schedule.log_snr(t)), 1):
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    own = type(schedule).log_snr is not Schedule.log_snr  # otherwise it follows from the two, which are known
+    log_snr = schedule.log_snr(t) if own else torch.log(alpha) - torch.log(sigma)
+    for k, values in enumerate((alpha, sigma, log_snr), 1):
         columns[k, :n] = values.numpy()
     return Point(columns[0], *columns)
 

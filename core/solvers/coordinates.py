@@ -28,7 +28,7 @@ from polydiff.core.schedules import Schedule
 from polydiff.core.solvers.base import Array, Point, tabulate
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)  # exact to rounding for intervals of log-SNR up to about 10
-_FRACTIONS, _WEIGHTS = 0.5 * (_NODES + 1), 0.5 * _WEIGHTS
+_FRACTIONS, _BACK, _WEIGHTS = 0.5 * (_NODES + 1), 0.5 * (_NODES - 1), 0.5 * _WEIGHTS
 
 _UPPER = np.triu(np.ones((5, 5)))
 
@@ -44,41 +44,39 @@ VARIABLES: dict[str, tuple[Callable[[Array, Array], Array], Callable[[Array], Ar
 TAU = {"x0": "alpha_over_sigma", "eps": "sigma_over_alpha", "v": "angle", "flow": "flow", "velocity": "t"}
 
 
+def _scale(form: str, at: Point) -> Array:
+    """c, but for the x0 form."""
+    if form == "velocity":
+        return np.ones_like(at.sigma)
+    if form == "v":
+        return np.hypot(at.alpha, at.sigma)
+    return at.alpha if form == "eps" else at.alpha + at.sigma
+
+
 def tau_span(form: str, start: Point, end: Point, eta2: Array = 0.0) -> tuple[Array, Array]:
     """Numbers c_s/c_t and c_s (tau_s - tau_t) of intervals whose log-SNR is finite at both ends."""
-    h = end.log_snr - start.log_snr
     if form == "x0":
+        h = end.log_snr - start.log_snr
         return end.sigma / start.sigma * np.exp(-eta2 * h), -end.alpha * np.expm1(-(1 + eta2) * h)
-    if form == "eps":
-        return end.alpha / start.alpha, -end.sigma * np.expm1(h)
-    if form == "v":
-        c_s = np.hypot(end.alpha, end.sigma)
-        # atan2 of the difference of the two angles keeps all digits of a small step
-        turn = np.arctan2(
-            end.sigma * start.alpha - end.alpha * start.sigma, end.alpha * start.alpha + end.sigma * start.sigma
-        )
-        return c_s / np.hypot(start.alpha, start.sigma), c_s * turn
-    if form == "flow":
-        c_t = start.alpha + start.sigma
-        return (end.alpha + end.sigma) / c_t, (end.sigma * start.alpha - start.sigma * end.alpha) / c_t
-    return np.ones_like(h), end.time - start.time
+    c_t, c_s = _scale(form, start), _scale(form, end)
+    if form == "velocity":
+        return c_s, end.time - start.time
+    across = end.sigma * start.alpha - end.alpha * start.sigma
+    if form == "v":  # the angle of the difference keeps all digits of a small step
+        return c_s / c_t, c_s * np.arctan2(across, end.alpha * start.alpha + end.sigma * start.sigma)
+    return c_s / c_t, -end.sigma * np.expm1(end.log_snr - start.log_snr) if form == "eps" else across / c_t
 
 
 def from_x0(form: str, schedule: Schedule, at: Point) -> tuple[Array, Array]:
     """Numbers a, b with p = a x + b x0_hat; sigma is positive."""
     if form == "x0":
         return np.zeros_like(at.sigma), np.ones_like(at.sigma)
-    a = 1 / at.sigma
-    if form == "eps":
-        return a, -at.alpha * a
-    if form == "v":
-        c = np.hypot(at.alpha, at.sigma)
-        return at.alpha * a / c, -c * a
-    if form == "flow":
-        return a, -(at.alpha + at.sigma) * a
-    t = torch.from_numpy(at.time)
-    a = schedule.dsigma(t).numpy() * a
-    return a, schedule.dalpha(t).numpy() - at.alpha * a
+    if form == "velocity":
+        t = torch.from_numpy(at.time)
+        a = schedule.dsigma(t).numpy() / at.sigma
+        return a, schedule.dalpha(t).numpy() - at.alpha * a
+    c = _scale(form, at)
+    return (at.alpha / c if form == "v" else 1) / at.sigma, -c / at.sigma
 
 
 def between(variable: str, schedule: Schedule, start: Point, end: Point, fractions: Array) -> Point:
@@ -98,7 +96,7 @@ def quadrature(
         The variable less its value at the start, (n, 24); the weights of the mean over each interval, (n, 24); dtau/dlambda
         at the end of each interval over its mean, (n, 1). ``"index"`` counts the points of the grid.
     """
-    back = (end.log_snr - start.log_snr)[:, None] * (_FRACTIONS - 1)  # log-SNR above that of the end
+    back = (end.log_snr - start.log_snr)[:, None] * _BACK  # log-SNR above that of the end
     if variable == "index":
         return np.broadcast_to(_FRACTIONS, back.shape), np.broadcast_to(_WEIGHTS, back.shape), np.ones((len(back), 1))
     log_snr, t = end.log_snr[:, None] + back, back
@@ -121,10 +119,10 @@ def quadrature(
 
 
 def moments(u: Array, mass: Array, nodes: Array) -> Array:
-    """Means (n, p) of Newton's polynomials 1, u - u_1, (u - u_1)(u - u_2), ... of p nodes (n, p) in n intervals."""
+    """Means (n, p) of Newton's polynomials 1, u - u_1, (u - u_1)(u - u_2), ... of p nodes (n, p), u_1 = 0, in n intervals."""
     found = np.ones(nodes.shape)
     for m in range(1, nodes.shape[1]):
-        mass = mass * (u - nodes[:, m - 1 : m])
+        mass = mass * (u if m == 1 else u - nodes[:, m - 1 : m])
         mass.sum(1, out=found[:, m])
     return found
 

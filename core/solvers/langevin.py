@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from polydiff.core.checks import number, whole
 from polydiff.core.denoiser import Denoise
@@ -56,6 +56,7 @@ class PredictorCorrector(Solver):
     snr: float | None = None
     size: float | None = None
     stochastic = True
+    _solver: ClassVar[Solver]
 
     def __post_init__(self) -> None:
         settle(self, corrections=whole("corrections", self.corrections))
@@ -70,11 +71,9 @@ class PredictorCorrector(Solver):
         if self.predictor is not None:
             settle(self, predictor=resolve(self.predictor))
         stages = self.predictor.stages if self.predictor else 0
-        settle(self, order=self._solver.order, stages=None if stages is None else stages + self.corrections)
-
-    @property
-    def _solver(self) -> Solver:
-        return self.predictor or Multistep(1)  # without a predictor, for intervals with an infinite end
+        solver = self.predictor or Multistep(1)  # without a predictor, for intervals with an infinite end
+        settle(self, _solver=solver, order=solver.order)
+        settle(self, stages=None if stages is None else stages + self.corrections)
 
     def calls(self, plan: Plan) -> int | None:
         """Calls of the predictor, and of the corrections of the intervals that have them."""

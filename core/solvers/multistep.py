@@ -12,6 +12,7 @@ x0 form, :math:`\sigma_s\sqrt{1 - e^{-2\eta^2 h}}\,z` is added.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import InitVar, dataclass, field, fields
@@ -52,11 +53,11 @@ _START = {1: "euler", 2: "heun", 3: "heun3", 4: "rk4"}  # tableau of an order
 class _Step(NamedTuple):
     field: str  # of the Prediction to use now
     scale: float  # of x
-    weights: tuple[float, ...]  # of the predictions, newest first
+    weights: tuple[float, ...]  # of the predictions, newest first, and 0 of those that do not exist yet
     noise: float = 0.0  # standard deviation
+    own: Pair = (0.0, 1.0)  # of x and x0_hat in the prediction to remember
     spread: float = 0.0  # log of the upper over the lower choice of its variance, where the network chooses
     stages: tuple[Stage, ...] = ()  # of a Runge-Kutta start, whose scale and weights are then those of its end
-    own: Pair = (0.0, 1.0)  # of x and x0_hat in the prediction to remember
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,9 @@ class Multistep(Solver):
             if value not in valid:
                 raise unknown(kind, value, valid)
         settle(self, terms=whole("order", order, 1, 4), blend=number("blend", self.blend, 0.0))
-        if not callable(self.eta):
-            settle(self, eta=level_at("eta", self.eta))
-        eta = "a function" if callable(self.eta) else self.eta
+        eta: Any = self.eta if callable(self.eta) else level_at("eta", self.eta)
+        settle(self, eta=eta, stochastic=bool(eta))
+        eta = "a function" if callable(eta) else eta
         bh = self.corrector in ("bh1", "bh2")
         ancestral = self.noise_form != "sde" and self.stochastic
         refused = {
@@ -139,21 +140,22 @@ class Multistep(Solver):
         for reason, holds in refused.items():
             if holds:
                 raise ConfigError(reason)
+        corrected = self.corrector is not None
+        reached = order + corrected if self.startup == "full" else min(order, 2) + corrected
+        low = self.lower_final or self.blend or self.variable == "index"
+        settle(self, order=min(reached, 2) if low else reached)  # without noise, on a grid that is smooth
 
     def __repr__(self) -> str:
         rest = "".join(f", {own.name}={getattr(self, own.name)!r}" for own in fields(self)[1:])
         return f"Multistep(order={self.terms}{rest})"
 
-    @property
-    def stochastic(self) -> bool:  # type: ignore[override]
-        """Whether eta is positive."""
-        return callable(self.eta) or self.eta > 0
-
     def coefficients(self, schedule: Schedule, table: Point, points: Sequence[Point]) -> Sequence[_Step]:
         """Scale, weights and noise of every interval."""
         low, high, outer = divide(points[:-1], points[1:])
-        columns = from_x0(self.predict, schedule, table.cut(0, len(points) - 1))
-        own = list(zip(*[column.tolist() for column in columns], strict=True))
+        own = [(0.0, 1.0)] * (len(points) - 1)
+        if self.predict != "x0":
+            columns = from_x0(self.predict, schedule, table.cut(0, len(own)))
+            own = list(zip(*[column.tolist() for column in columns], strict=True))
         steps = {k: _Step("x0", scale, (weight,), own=own[k]) for k, (scale, weight) in outer.items()}
         if low < high:
             steps.update(enumerate(self._inner(schedule, table, range(low, high), points, own), low))
@@ -191,9 +193,9 @@ class Multistep(Solver):
                 weights[now] += (scale[1:] * total[:-1])[len(begin) :, None] * change[len(begin) : -1]
             if self.stochastic:
                 noise = (end.sigma * np.sqrt(-np.expm1(-2 * eta**2 * h))).tolist()
-        form, rows = repeat(COORDINATES[self.predict]), map(_stripped, weights.tolist())
-        columns = (form, scale.tolist(), rows, noise, spread, repeat(()), own[inner.start : inner.stop])
-        return [*begin, *list(map(_Step, *columns))[len(begin) :]]
+        form, rows = repeat(COORDINATES[self.predict]), map(tuple, weights.tolist())
+        steps = list(map(_Step, form, scale.tolist(), rows, noise, own[inner.start :], spread))
+        return [*begin, *steps[len(begin) :]]
 
     def _shares(
         self, schedule: Schedule, table: Point, inner: range, start: Point, end: Point, eta2: Array
@@ -206,17 +208,15 @@ class Multistep(Solver):
         size = self.terms + (self.corrector is not None)
         if size == 1:
             return np.ones((len(inner), 1)), None
-        index, at, back = self.variable == "index", np.arange(inner.start, inner.stop)[:, None], np.arange(size)
+        index = self.variable == "index"
         u = np.arange(len(table.time)) if index else VARIABLES[self.variable][0](table.log_snr, table.time)
-        first, last = u[inner.start : inner.stop, None], u[inner.start + 1 : inner.stop + 1, None]
-        count = np.minimum(at + math.isfinite(u[0]), self.terms)
-        if self.lower_final:
-            count = np.minimum(count, len(u) - 1 - at)
-        width = last - first
-        nodes = np.where(back < count, u.take(at - back, mode="clip") - first, width * (1 + back - count))
-        rule, ruled = self.rule, self.corrector or self.rule
-        if self.corrector in ("bh1", "bh2"):
-            rule = self.corrector
+        ends = len(u) if self.lower_final else None
+        count, at, beyond, there = _layout(inner, self.terms, size, math.isfinite(u[0]), ends)
+        first = u[inner.start : inner.stop, None]
+        width = u[inner.start + 1 : inner.stop + 1, None] - first
+        nodes = u[at] - first + width * beyond
+        ruled = self.corrector or self.rule
+        rule = ruled if ruled in ("bh1", "bh2") else self.rule
         means, density, terms = np.ones(nodes.shape), 1.0, differences(nodes)
         if size > 2 or not {rule, ruled} <= {"midpoint", "bh2"}:
             u, mass, density = quadrature(self.predict, self.variable, schedule, start, end, eta2)
@@ -224,19 +224,18 @@ class Multistep(Solver):
         if self.blend:
             means[:, 2:] += self.blend * (means[:, 1:2] / terms[:, 0, 1:-1] - means[:, 2:])
 
-        def summed(rule: str, count: Array) -> Array:
-            """Through so many nodes; a rule takes the place of the exact integral of lines."""
-            parts = means * (back < count)
-            if rule != "exact":
-                lines = count[:, 0] == 2
-                parts[lines, 1:2] = 0.5 * (width if rule != "bh1" else width * density)[lines]
-            return (terms @ parts[:, :, None])[:, :, 0]
-
-        shares = summed(rule, count)
+        rules = (rule,) if self.corrector is None else (rule, ruled)
+        parts = means[:, :, None] * there[:, :, : len(rules)]
+        for more, name in enumerate(rules):
+            if name != "exact":  # a rule takes the place of the exact integral of lines
+                lines = count + more == 2
+                parts[lines, 1, more] = 0.5 * (width if name != "bh1" else width * density)[lines, 0]
+        found = terms @ parts
+        shares = found[:, :, 0]
         if self.corrector is None:
             return shares, None
-        change = summed(ruled, count + 1) - shares
-        place = np.arange(len(inner)), count[:, 0]
+        change = found[:, :, 1] - shares
+        place = np.arange(len(inner)), count
         ahead, change[place] = change[place], 0.0
         return shares, np.concatenate([ahead[:, None], change[:, :-1]], 1)
 
@@ -284,21 +283,17 @@ class Multistep(Solver):
         return State(out, (own, *history)[:keep] if keep else ())
 
 
-def _reached(self: Multistep) -> int:
-    """Global order of accuracy without noise, on a grid that is smooth."""
-    corrected = self.corrector is not None
-    order = self.terms + corrected
-    if self.startup == "low":
-        order = min(order, 2 + corrected)
-    return min(order, 2) if self.lower_final or self.blend or self.variable == "index" else order
+@functools.lru_cache(maxsize=64)
+def _layout(inner: range, terms: int, size: int, started: bool, ends: int | None) -> tuple[Array, ...]:
+    """Where nodes stand, whatever the times of a grid are.
 
-
-# Put on afterwards, as a dataclass would take it for the default of its argument, which is the order asked for.
-Multistep.order = property(_reached)  # type: ignore[assignment]
-
-
-def _stripped(weights: list[float]) -> tuple[float, ...]:
-    """Without zeros at the end, which stand for predictions that do not exist."""
-    while len(weights) > 1 and not weights[-1]:
-        weights.pop()
-    return tuple(weights)
+    Returns:
+        Predictions in each interval, (n,); the points of the nodes, (n, p), those of the predictions and then the end; widths
+        beyond it, (n, p), for those left over have to differ; the nodes of predictor and corrector, bool (n, p, 2).
+    """
+    at, back = np.arange(inner.start, inner.stop)[:, None], np.arange(size)
+    count = np.minimum(at + started, terms)
+    if ends is not None:
+        count = np.minimum(count, ends - 1 - at)
+    there = back[:, None] < count[:, :, None] + np.arange(2)
+    return count[:, 0], np.where(back < count, at - back, at + 1), np.maximum(back - count, 0), there

@@ -16,7 +16,18 @@ from polydiff.core.denoiser import Denoise
 from polydiff.core.errors import ConfigError, unknown
 from polydiff.core.schedules import Schedule
 from polydiff.core.solvers import base
-from polydiff.core.solvers.base import COORDINATES, Array, Plan, Point, Solver, State, combine, divide, predict_x0
+from polydiff.core.solvers.base import (
+    COORDINATES,
+    Array,
+    Plan,
+    Point,
+    Solver,
+    State,
+    combine,
+    divide,
+    predict_x0,
+    settle,
+)
 from polydiff.core.solvers.coordinates import TAU, between, differences, from_x0, moments, quadrature, tau_span
 
 
@@ -164,21 +175,8 @@ class RungeKutta(Solver):
                 raise ConfigError(f"churn = {shown(self.churn)} must be a Churn(amount, low, high, scale) or None")
             for name, value in self.churn._asdict().items():
                 number(f"churn {name}", value, self.churn.low if name == "high" else 0.0)
-
-    @property
-    def order(self) -> int:  # type: ignore[override]
-        """Order of the tableau."""
-        return TABLEAUS[self.tableau].order
-
-    @property
-    def stages(self) -> int:  # type: ignore[override]
-        """Stages of the tableau."""
-        return len(TABLEAUS[self.tableau].rows)
-
-    @property
-    def stochastic(self) -> bool:  # type: ignore[override]
-        """Whether churn adds noise."""
-        return self.churn is not None and self.churn.amount > 0
+        tableau = TABLEAUS[self.tableau]
+        settle(self, order=tableau.order, stages=len(tableau.rows), stochastic=bool(self.churn and self.churn.amount))
 
     def coefficients(self, schedule: Schedule, table: Point, points: Sequence[Point]) -> Sequence[_Step]:
         """Stages, weights and churn of every interval."""

@@ -156,10 +156,10 @@ def test_lower_final_lowers_the_order_towards_the_end():
     process = gaussian("vp")
     grid = make_grid("log_snr", 6, process, final=False)
     plain, lowered = (Multistep(3, lower_final=low).plan(process, grid).steps for low in (False, True))
-    assert [len(step.weights) for step in plain] == [1, 2, 3, 3, 3, 3]
-    assert [len(step.weights) for step in lowered] == [1, 2, 3, 3, 2, 1]
+    assert [sum(map(bool, step.weights)) for step in plain] == [1, 2, 3, 3, 3, 3]
+    assert [sum(map(bool, step.weights)) for step in lowered] == [1, 2, 3, 3, 2, 1]
     assert lowered[:4] == plain[:4]
-    assert lowered[5].weights == pytest.approx(Multistep(1).plan(process, grid).steps[5].weights, rel=1e-13)
+    assert lowered[5].weights[:1] == pytest.approx(Multistep(1).plan(process, grid).steps[5].weights, rel=1e-13)
 
 
 @pytest.mark.parametrize("predict", ["x0", "eps", "v", "flow", "velocity"])
@@ -243,7 +243,9 @@ def test_eps_is_used_from_alpha_of_one_millionth(solver):
     for alpha, usable in ((1e-7, False), (1e-5, True)):
         start = 1 - 2 / math.pi * math.asin(alpha)
         step = solver.plan(data.process, Grid((start, 0.5, 0.2))).steps[0]
-        assert len(step.weights) == (solver.stages if usable else 1)
+        assert (step.field if isinstance(solver, Multistep) else step.weights[1:]) == (
+            ("eps" if usable else "x0") if isinstance(solver, Multistep) else step.weights[1 : 2 if usable else 1]
+        )
         run = lambda field, start=start: sample(
             as_field(data, field), data.process, data.draw(start, 2), solver, grid=[start, 0.5, 0.2]
         )
