@@ -59,14 +59,14 @@ _PUBLISHED: dict[str, tuple[Solver, str]] = {
     ),
     "deis": (Multistep(4, "eps", "t"), "Zhang 2023 (DEIS), eq. 14: tAB3, a cubic in t"),
     "lms": (Multistep(4, "eps", "sigma_over_alpha"), "Adams-Bashforth of order 4 in Karras 2022, eq. 4"),
-    "ipndm": (Multistep(4, "eps", "index"), "Zhang 2023 (DEIS), section 4: iPNDM"),
+    "ipndm": (Multistep(4, "eps", "index"), "Zhang 2023 (DEIS): iPNDM"),
     "pndm": (Multistep(4, "eps", "index", startup="full"), "Liu 2022 (PNDM), eq. 11 to 13"),
     "euler-maruyama": (EulerMaruyama(), "Song 2021, eq. 6: the reverse SDE in t"),
     "pc": (PredictorCorrector(_DDPM, snr=0.16), "Song 2021, algorithms 4 and 5, r = 0.16; ddpm as the predictor"),
     "langevin": (PredictorCorrector(None, 100, size=0.1), "Song 2019 (NCSN), algorithm 1 with the values of section 5"),
     "restart": (
         Resample(RungeKutta("heun", "eps"), 2, 2, low=0.06, high=0.3),
-        "Xu 2023, algorithm 2, with the least window of its table 3; 18 steps of it take 43 calls",
+        "Xu 2023, algorithm 2, with its authors' window for CIFAR-10; 18 steps of it take 43 calls",
     ),
 }
 # ab or abm, order, form and variable (tau itself where there is none): Adams-Bashforth, with Moulton's corrector
@@ -75,7 +75,7 @@ _OURS = (
     *("ab4-flow", "ab4-flow-log_snr", "abm2-v", "abm3-v", "abm4-v", "abm3-v-log_snr", "abm4-v-log_snr"),
     *("abm2-flow-t", "abm3-flow", "abm4-flow-t"),
 )
-_DEFAULTS = {"abm4-flow-t": "VP, grid log_snr", "ab4-v-t": "EDM, grid karras", "abm3-v": "rectified flow, grid uniform"}
+_DEFAULTS = {"abm4-flow-t": "VP (grid log_snr) and EDM (karras)", "abm3-v": "rectified flow (uniform)"}
 
 
 def _adams(name: str) -> tuple[Solver, str]:
