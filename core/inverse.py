@@ -18,14 +18,16 @@ but for DPS; its adjoint comes from automatic differentiation.
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from polydiff.core.checks import check_bool, check_real, number, shown, whole
 from polydiff.core.denoiser import Denoise, Prediction
 from polydiff.core.errors import ConfigError
 from polydiff.core.guidance import Guide, differentiable, gradient_of, predicted
@@ -52,13 +54,17 @@ class Posterior(Guide):
     y: Tensor
     operator: Linear
     mask: Tensor | None = field(default=None, kw_only=True)
+    linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_real("y", self.y)
         if bad := int((~torch.isfinite(self.y)).sum()):
             raise ConfigError(f"{bad} of the observed numbers y are not finite")
-        for name, value in vars(self).items():
-            if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{name} = {value} must be finite and at least 0")
+        for entry in dataclasses.fields(self):
+            if entry.type == "float":
+                number(entry.name, getattr(self, entry.name), least=0)
+            elif entry.type == "int":
+                whole(entry.name, getattr(self, entry.name))
 
     @abstractmethod
     def weigh(self, residual: Tensor, prediction: Prediction, pull: Linear) -> Tensor:
@@ -66,16 +72,24 @@ class Posterior(Guide):
 
     def __call__(self, denoise: Denoise) -> Denoise:
         """The guided Denoise."""
-        name = type(self).__name__
+        name, looked = type(self).__name__, not self.linear
 
         def guided(x_t: Tensor, t: Tensor) -> Prediction:
+            nonlocal looked
             x, again = differentiable(x_t)
             with torch.enable_grad():
                 prediction = predicted(denoise(x, t), name, signal=True)
                 x0_hat = prediction.x0
                 seen = self.operator(x0_hat)
+            if not isinstance(seen, Tensor) or seen.shape[:1] != x.shape[:1]:
+                raise ConfigError(
+                    f"the operator makes {shown(seen)} of states {tuple(x.shape)}: a tensor (b, ...) is needed"
+                )
             if self.y.shape not in (seen.shape, seen.shape[1:]):
                 raise ConfigError(f"the operator makes {tuple(seen.shape)} of a state, y has {tuple(self.y.shape)}")
+            if not looked and not is_linear(self.operator, x_t):
+                raise ConfigError(f"{name} needs a linear operator, but here A(a + 2b) is not A(a) + 2 A(b): take DPS")
+            looked = True
             process, sigma = prediction.process, prediction.process.schedule.sigma(prediction.t)
             scale = expand(sigma**2 / process.schedule.alpha(prediction.t), x_t)
             mask = None if self.mask is None else self.mask.to(x_t.device).expand(x_t.shape[0], -1)
@@ -102,6 +116,7 @@ class DPS(Posterior):
     """
 
     zeta: float = 1.0
+    linear = False
 
     def weigh(self, residual: Tensor, prediction: Prediction, pull: Linear) -> Tensor:
         """zeta r / |r|."""
@@ -127,8 +142,6 @@ class MMPS(Posterior):
 
     def weigh(self, residual: Tensor, prediction: Prediction, pull: Linear) -> Tensor:
         """(sigma_y^2 + A V A^T)^-1 r."""
-        if bool(self.operator(torch.zeros_like(prediction.x_t)).any()):
-            raise ConfigError(f"{type(self).__name__} needs a linear operator, but this one is not 0 at 0")
         covariance = self.covariance(prediction, pull)
         apply = lambda u: self.sigma_y**2 * u + self.operator(covariance(u))
         return solve(apply, residual, self.iterations, self.tolerance)
@@ -150,6 +163,10 @@ class PiGDM(MMPS):
 
     variance: float = 1.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number("variance", self.variance, above=0)
+
     def covariance(self, prediction: Prediction, pull: Linear) -> Linear:
         """rho_t^2 A^T."""
         schedule, t = prediction.process.schedule, prediction.t
@@ -159,6 +176,14 @@ class PiGDM(MMPS):
             x = torch.zeros_like(prediction.x_t).requires_grad_()
             seen = self.operator(x)
         return lambda u: scale * gradient_of(seen, x, u, torch.is_grad_enabled(), "the operator's output")
+
+
+def is_linear(operator: Linear, like: Tensor) -> bool:
+    """Whether A(a + 2b) = A(a) + 2 A(b) for two random states shaped like (b, *dims), to rounding."""
+    draw = torch.randn(2, *like.shape, generator=torch.Generator().manual_seed(0)).to(like)
+    first, second, both = (operator(x) for x in (draw[0], draw[1], draw[0] + 2 * draw[1]))
+    size = first.abs().amax() + 2 * second.abs().amax() if first.numel() else 0
+    return bool(((both - first - 2 * second).abs() <= torch.finfo(like.dtype).eps ** 0.5 * size).all())
 
 
 def solve(apply: Linear, b: Tensor, iterations: int, tolerance: float) -> Tensor:
@@ -203,9 +228,11 @@ class Select:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Shape (b, *dims)."""
-        if self.where.ndim not in (x.ndim, x.ndim - 1):
-            where, item = tuple(self.where.shape), tuple(x.shape[1:])
-            raise ConfigError(f"where {where} needs an axis for each axis of an item {item}")
+        check_bool("where", self.where)
+        where, item = tuple(self.where.shape), tuple(x.shape[1:])
+        fits = all(m in (1, n) for m, n in zip(where[::-1], x.shape[::-1], strict=False))
+        if len(where) not in (x.ndim, x.ndim - 1) or not fits:
+            raise ConfigError(f"where {where} needs an axis for each axis of an item {item}, as long or of length 1")
         return x * self.where.to(x)
 
 
@@ -217,8 +244,11 @@ class AverageBlocks:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Shape (b, ..., n_1 / factors[0], ...)."""
+        if not isinstance(self.factors, tuple | list) or not 0 < len(self.factors) < x.ndim:
+            needed = f"a block length for some of the last axes of an item {tuple(x.shape[1:])}"
+            raise ConfigError(f"factors = {shown(self.factors)} must be {needed}")
         for axis, factor in enumerate(self.factors, x.ndim - len(self.factors)):
-            if factor < 1 or x.shape[axis] % factor:
+            if not isinstance(factor, int) or factor < 1 or x.shape[axis] % factor:
                 raise ConfigError(f"axis {axis} of a state {tuple(x.shape)} does not divide into blocks of {factor}")
             x = x.unflatten(axis, (-1, factor)).mean(axis + 1)
         return x
@@ -233,8 +263,10 @@ class Mix:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Shape of x with k instead of c."""
-        weights = self.weights.to(x)
-        if weights.ndim not in (2, 3) or weights.shape[-1] != x.shape[self.axis]:
+        check_real("weights", self.weights)
+        weights, axis = self.weights.to(x), self.axis
+        fits = -x.ndim < axis < x.ndim and axis != 0 and weights.ndim in (2, 3) and weights.shape[-1] == x.shape[axis]
+        if not fits or (weights.ndim == 3 and len(weights) not in (1, len(x))):
             raise ConfigError(f"weights {tuple(weights.shape)} do not fit axis {self.axis} of a state {tuple(x.shape)}")
         mapped = torch.einsum("b...c,bkc->b...k", x.movedim(self.axis, -1), weights.expand(len(x), -1, -1))
         return mapped.movedim(-1, self.axis)

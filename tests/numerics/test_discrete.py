@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import mpmath
+import numpy as np
 import pytest
 import torch
 
@@ -182,3 +183,14 @@ def test_a_configuration_names_the_chain():
     process = gaussian("discrete", betas="scaled_linear", beta_start=0.00085, beta_end=0.012)
     assert process.schedule == CHAINS["scaled_linear"]
     assert gaussian("discrete", zero_terminal=True).schedule == CHAINS["zero_terminal"]
+
+
+def test_a_chain_is_welcome_in_whatever_holds_it():
+    numbers = [float(a) for a in torch.linspace(0.99, 0.01, 20, dtype=torch.float64)]
+    expected = Discrete(alphas_cumprod=tuple(numbers))
+    for table in (numbers, np.array(numbers), torch.tensor(numbers, dtype=torch.float64)):
+        assert Discrete(alphas_cumprod=table) == expected and hash(Discrete(alphas_cumprod=table)) == hash(expected)
+        assert gaussian("discrete", alphas_cumprod=table) == GaussianProcess(expected)
+    for table in (5, "ab", [[0.9, 0.1]], ["a"] * 5, True):
+        with pytest.raises(ScheduleError, match="alphas_cumprod must be one row of numbers"):
+            gaussian("discrete", alphas_cumprod=table)

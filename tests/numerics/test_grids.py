@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from polydiff.core.errors import ConfigError, ScheduleError
 from polydiff.core.grids import GRIDS, Grid, as_grid, make_grid
 from polydiff.core.processes import gaussian
-from polydiff.core.schedules import SCHEDULES
+from polydiff.core.schedules import SCHEDULES, VP
 
 NAMED = [name for name in GRIDS if not name.startswith("ddpm")]
 
@@ -113,3 +114,36 @@ def test_impossible_requests_are_refused():
         make_grid("log_snr", 5, process, t_start=1.0)  # alpha = 0 there
     with pytest.raises(ScheduleError, match="t_start"):
         make_grid("uniform", 5, process, t_start=0.1, t_end=0.2)
+
+
+@pytest.mark.parametrize("steps", [math.nan, math.inf, None, "10", True, 2.5, 0, -1, 100_001, 2**70])
+def test_numbers_of_steps_that_cannot_be_are_named(steps):
+    with pytest.raises(ScheduleError, match=r"steps = .* must be a whole number from 1 to 100,000"):
+        make_grid("karras", steps, gaussian("vp"))
+
+
+def test_numbers_of_steps_may_be_of_any_kind():
+    expected = make_grid("karras", 5, gaussian("vp"))
+    for steps in (5.0, np.int64(5), torch.tensor(5)):
+        assert make_grid("karras", steps, gaussian("vp")) == expected
+
+
+def test_what_is_no_row_of_times_is_named():
+    complex_times = torch.tensor([0.9, 0.1], dtype=torch.complex64)
+    for times in (["a", "b"], None, {}, 5, [[0.9, 0.1]], [[0.9], [0.5, 0.1]], complex_times):
+        with pytest.raises(ScheduleError, match="the times of a grid must be one row of numbers"):
+            as_grid(times, 5, gaussian("vp"))
+        with pytest.raises(ScheduleError, match="the times of a grid must be one row of numbers"):
+            Grid(times)
+    assert as_grid(np.array([0.9, 0.1]), 5, None) == Grid([0.9, 0.1]) == Grid((0.9, 0.1))
+
+
+def test_ends_and_processes_that_are_none_are_named():
+    for ends in ((math.nan, 0.1), ("a", 0.1), (0.9, math.inf)):
+        with pytest.raises(ScheduleError, match=r"t_(start|end) = "):
+            make_grid("karras", 5, gaussian("vp"), *ends)
+    for process in (None, "vp", VP()):
+        with pytest.raises(ConfigError, match="the process is"):
+            make_grid("karras", 5, process)
+    with pytest.raises(ConfigError, match="unknown grid"):
+        make_grid([], 5, gaussian("vp"))

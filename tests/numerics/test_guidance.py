@@ -284,3 +284,57 @@ def test_bad_replacements_are_refused():
     moving = GaussianProcess(VP(), mean_free=True)
     with pytest.raises(ConfigError, match="mean-free"):
         Replacement(KNOWN, WHERE)(lambda x_t, t: Prediction(moving, x_t, t, x0=x_t))(x, HALF)
+
+
+@pytest.mark.parametrize("scale", ["2", None, math.nan, torch.ones(4), True])
+def test_scales_that_are_no_numbers_are_named(scale):
+    data = Mixture(gaussian("vp"))
+    denoise = as_field(data, "x0")
+    for make in (
+        lambda: cfg(denoise, denoise, scale),
+        lambda: cfg_pp(denoise, denoise, scale, (0.9, 0.1)),
+        lambda: classifier_guidance(denoise, data.x0_hat, scale),
+    ):
+        with pytest.raises(ConfigError, match="guidance = "):
+            make()
+
+
+def test_a_scale_of_cfg_is_none_of_cfg_pp():
+    denoise = as_field(Mixture(gaussian("vp")), "x0")
+    for scale in (7.0, -0.1):
+        with pytest.raises(ConfigError, match=r"must lie in \[0, 1\]"):
+            cfg_pp(denoise, denoise, scale, (0.9, 0.1))
+    with pytest.raises(ConfigError, match=r"make_grid\('karras', steps, process\)"):
+        cfg_pp(denoise, denoise, 0.5, "karras")
+
+
+@pytest.mark.parametrize("interval", [(-1,), "ab", 5, (None, 1), (1, 2, 3), (2, 1)])
+def test_intervals_that_are_none_are_named(interval):
+    denoise = as_field(Mixture(gaussian("vp")), "x0")
+    with pytest.raises(ConfigError, match="guidance interval"):
+        cfg(denoise, denoise, 2.0, interval)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_guidance_does_not_broadcast(wrapped):
+    data = Mixture(gaussian("vp"))
+    x = data.draw(0.5, 4)
+    whole = as_field(data, "x0") if wrapped else data.x0_hat
+    for bad in (lambda x_t, t: data.x0_hat(x_t, t)[:1], lambda x_t, t: data.x0_hat(x_t, t)[:, :1], lambda x_t, t: None):
+        with pytest.raises(ConfigError, match=r"without its condition, at t = 0\.5"):
+            cfg(whole, bad, 2.0)(x, HALF)
+        with pytest.raises(ConfigError, match=r"with its condition, at t = 0\.5"):
+            cfg(bad, whole, 2.0)(x, HALF)
+
+
+def test_what_is_known_is_a_tensor():
+    known, where = torch.zeros(3), torch.ones(3, dtype=torch.bool)
+    for make in (
+        lambda: Replacement(None, where),
+        lambda: Replacement([0.0] * 3, where),
+        lambda: Replacement(known.int(), where),
+    ):
+        with pytest.raises(ConfigError, match="known must be a floating-point tensor"):
+            make()
+    with pytest.raises(ConfigError, match="where must be a bool tensor"):
+        Replacement(known, [True] * 3)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch.distributions import Normal
 
+from polydiff.core.adapter import Condition
+from polydiff.core.denoiser import Denoiser, Prediction
 from polydiff.core.errors import ConfigError, DivergenceError, ScheduleError
 from polydiff.core.likelihood import bits_per_dim, dequantise, elbo, log_prob
 from polydiff.core.noise import Noise
@@ -239,3 +241,85 @@ def test_the_bound_counts_valid_elements_and_levels():
         elbo(known, GaussianProcess(VP(), mean_free=True), x0, 5)
     with pytest.raises(ConfigError, match="steps = 1 "):
         elbo(known, process, x0, 1)
+
+
+def test_densities_and_bounds_of_states_without_numbers_are_one():
+    process, nothing = gaussian("vp"), lambda x_t, t: x_t
+    for shape in ((0, 3), (2, 0)):
+        for exact in (True, False):
+            assert torch.equal(
+                log_prob(nothing, process, torch.zeros(shape), exact=exact), torch.zeros(shape[0], dtype=F64)
+            )
+    assert elbo(nothing, process, torch.zeros(0, 3), 2).shape == (0,)
+
+
+def test_states_of_one_number_each_have_a_density():
+    data = Mixture(gaussian("vp"))
+    x = torch.linspace(-1, 1, 4, dtype=F64)
+    denoise = lambda x_t, t: Prediction(data.process, x_t, t, x0=0.3 * x_t)
+    wide = log_prob(denoise, data.process, x[:, None], exact=True)
+    torch.testing.assert_close(log_prob(denoise, data.process, x, exact=True), wide)
+
+
+def test_nothing_is_warned_of(recwarn):
+    log_prob(lambda x_t, t: 0.5 * x_t, gaussian("vp"), torch.ones(2, 3), rtol=0.1, atol=0.1, generator=0)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_the_bound_does_not_remember_cleaner_states():
+    """A self-conditioned network that repeats what it was given would otherwise know the data."""
+
+    class Repeat(torch.nn.Module):
+        def forward(self, x, c_noise, mask, cond, present):
+            assert not present["x0_hat"].any()
+            return cond["x0_hat"]
+
+    conditions = {"x0_hat": Condition("x0_hat", "given", None)}
+    bound = Denoiser(Repeat(), gaussian("vp"), "x0", conditions=conditions).bind()
+    first = elbo(bound, gaussian("vp"), torch.ones(2, 3), 5, generator=0)
+    assert first.dtype == F64 and torch.isfinite(first).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda x: log_prob(_half, gaussian("vp"), x, probes=1.5), "probes = 1.5"),
+        (lambda x: log_prob(_half, gaussian("vp"), x, probes="1"), "probes = '1'"),
+        (lambda x: log_prob(_half, gaussian("vp"), x, probes=True), "probes = True"),
+        (lambda x: log_prob(_half, gaussian("vp"), x, probes=0), "probes = 0"),
+        (lambda x: log_prob(_half, gaussian("vp"), x, probes=10**9), "probes = 1000000000 .* to 10,000"),
+        (lambda x: log_prob(_half, gaussian("vp"), x, t_min="a"), "t_min = 'a'"),
+        (lambda x: log_prob(_half, gaussian("vp"), {"x": x}), "dictionary"),
+        (lambda x: elbo(_half, gaussian("vp"), {"x": x}), "dictionary"),
+        (lambda x: log_prob(_half, VP(), x), "the process is"),
+        (lambda x: elbo(_half, None, x), "the process is"),
+        (lambda x: log_prob(_half, gaussian("vp"), x, mask=[[True]]), "mask is"),
+        (lambda x: elbo(_half, gaussian("vp"), x, mask=torch.ones(1, 3).bool()), "mask is"),
+        (lambda x: elbo(_half, gaussian("vp"), x, steps=2.5), "steps = 2.5"),
+        (lambda x: dequantise(x, bins=math.nan), "bins = nan"),
+        (lambda x: dequantise(x, bins=1), "bins = 1 "),
+        (lambda x: dequantise(x, high=math.inf), "high = inf"),
+        (lambda x: dequantise(x, low=1.0, high=-1.0), "high - low = -2.0"),
+        (lambda x: dequantise(x * math.nan), "not on 256"),
+        (lambda x: dequantise(x, generator="a"), "generator = 'a'"),
+        (lambda x: dequantise([1.0]), "x must be a floating-point tensor"),
+        *((lambda x, d=d: bits_per_dim(x[:, 0], d), "dims = ") for d in (0, -1, math.nan, math.inf, torch.ones(3))),
+        *((lambda x, a=a: bits_per_dim(x[:, 0], 3, alpha=a), "alpha = ") for a in (0.0, -1.0, math.nan)),
+        *((lambda x, b=b: bits_per_dim(x[:, 0], 3, bins=b), "bins = ") for b in (0, -2, math.nan, "a")),
+        (lambda x: bits_per_dim(x[:, 0], 3, low=1.0, high=1.0), "high - low = 0.0"),
+        (lambda x: bits_per_dim(-3.0, 3), "log_p must be"),
+    ],
+)
+def test_numbers_that_cannot_be_used_are_named(make, reason):
+    with pytest.raises(ConfigError, match=reason):
+        make(torch.ones(2, 3))
+
+
+def _half(x_t, t):
+    return 0.5 * x_t
+
+
+def test_bits_take_dimensions_of_any_kind():
+    log_p = torch.tensor([-3.0, -6.0], dtype=F64)
+    each = bits_per_dim(log_p, torch.tensor([3, 3]))
+    assert torch.equal(each, bits_per_dim(log_p, 3)) and each.dtype == F64

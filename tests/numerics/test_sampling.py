@@ -9,7 +9,8 @@ import torch
 
 from polydiff.core.adapter import Condition
 from polydiff.core.denoiser import Denoiser, Prediction
-from polydiff.core.errors import ConfigError, DivergenceError
+from polydiff.core.errors import ConfigError, DivergenceError, ScheduleError
+from polydiff.core.grids import Grid
 from polydiff.core.guidance import cfg
 from polydiff.core.noise import Noise
 from polydiff.core.processes import GaussianProcess, gaussian
@@ -279,3 +280,129 @@ def test_encoding_uses_no_memory_of_earlier_calls(solver):
     given.clear()
     sample(denoiser.bind(), denoiser.process, torch.ones(2, 3), solver, steps=4)
     assert given == [False] + [True] * (len(given) - 1)
+
+
+WRONG = (
+    (lambda x: x[:1], r"shape \(1, 3\) for a state of shape \(4, 3\)"),
+    (lambda x: x.float(), "dtype torch.float32 for a state of dtype torch.float64"),
+    (lambda x: x.to("meta"), "device meta for a state of device cpu"),
+    (lambda x: None, "a NoneType"),
+    (lambda x: (x, x), "a tuple"),
+    (lambda x: x.numpy(), "a ndarray"),
+    (lambda x: {"a": x}, "a dict"),
+)
+
+
+@pytest.mark.parametrize("solver", ["euler", "ddpm", "dpmpp-2m", "heun", "unipc", "rk45"])
+@pytest.mark.parametrize(("wrong", "reason"), WRONG)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_a_denoiser_returns_late_is_looked_at(solver, wrong, reason, wrapped):
+    process = gaussian("vp")
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def denoise(x_t, t):
+        value = 0.3 * x_t if float(t.amax()) > 0.3 else wrong(0.3 * x_t)
+        return Prediction(process, x_t, t, x0=value) if wrapped else value
+
+    with pytest.raises(ConfigError, match=f"{reason} at step [4-9] of 10, t = 0.[0-2]" if not wrapped else reason):
+        sample(denoise, process, x, solver, 10, "uniform", generator=0)
+
+
+def test_what_a_denoiser_or_a_callback_raises_comes_through_and_nothing_is_repeated():
+    data, calls = Mixture(gaussian("vp")), []
+
+    def denoise(x_t, t):
+        calls.append(float(t))
+        return data.x0_hat(x_t, t)
+
+    def stop(k, t, x, x0_hat):
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        sample(denoise, data.process, data.draw(1.0, 2), "ddim", 5, callback=stop)
+    assert len(calls) == 1
+    with pytest.raises(KeyError):
+        sample(
+            lambda x_t, t: denoise(x_t, t) if float(t) > 0.5 else {}["x"], data.process, data.draw(1.0, 2), "ddim", 5
+        )
+
+
+class _SelfConditioned(torch.nn.Module):
+    """Says what it was given as x0_hat, shrunk; NaN after a number of calls."""
+
+    def __init__(self, most=100):
+        super().__init__()
+        self.seen, self.most = [], most
+
+    def forward(self, x, c_noise, mask, cond, present):
+        self.seen.append((bool(present["x0_hat"].all()), cond["x0_hat"].clone()))
+        return x * (math.nan if len(self.seen) % self.most == 0 else 0.5)
+
+
+def test_self_conditioning_remembers_its_own_run_alone():
+    network, process = _SelfConditioned(), gaussian("vp")
+    bound = Denoiser(network, process, "x0", conditions={"x0_hat": Condition("x0_hat", "given", (3,))}).bind()
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    first, second = (sample(bound, process, x, "ddim", 3) for _ in range(2))
+    assert [given for given, _ in network.seen] == [False, True, True] * 2
+    assert torch.equal(first, second)
+    sample(bound, process, x[:1], "ddim", 2)  # of another size
+    network.seen.clear()
+    for _ in range(2):  # a loop of one's own
+        bound(x, torch.tensor(0.5, dtype=torch.float64))
+    assert [given for given, _ in network.seen] == [False, True]
+
+
+def test_the_run_that_looks_for_a_fault_starts_with_an_empty_memory():
+    network, process = _SelfConditioned(most=3), gaussian("vp")
+    bound = Denoiser(network, process, "x0", conditions={"x0_hat": Condition("x0_hat", "given", (3,))}).bind()
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(DivergenceError, match="at step 3 of 3"):
+        sample(bound, process, x, "ddim", 3)
+    assert [given for given, _ in network.seen] == [False, True, True] * 2
+    assert all(bool(torch.isfinite(x0_hat).all()) for _, x0_hat in network.seen)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "rk45", "unipc"])
+@pytest.mark.parametrize("name", ["mask", "fixed"])
+def test_masks_are_looked_at_whatever_the_solver_does_with_them(solver, name):
+    data = Mixture(gaussian("vp"))
+    x = torch.ones(4, 3, dtype=torch.float64)
+    for bad in (
+        "a",
+        [[True] * 3] * 4,
+        torch.ones(4, 3),
+        torch.ones(4, 2).bool(),
+        torch.ones(3, 3).bool(),
+        torch.ones(4).bool(),
+    ):
+        with pytest.raises(ConfigError, match=f"{name} is "):
+            sample(data.x0_hat, data.process, x, solver, 2, generator=0, **{name: bad})
+    if name == "mask" and solver != "ddpm":
+        with pytest.raises(ConfigError, match="mask is "):
+            encode(data.x0_hat, data.process, x, solver, 2, mask=torch.ones(4, 2).bool())
+
+
+def test_grids_that_run_the_wrong_way_are_refused():
+    data = Mixture(gaussian("vp"))
+    x, up = data.draw(0.5, 2), Grid((0.1, 0.9), upward=True)
+    with pytest.raises(ScheduleError, match="this grid runs up"):
+        sample(data.x0_hat, data.process, x, "ddim", grid=up)
+    with pytest.raises(ScheduleError, match="downward"):
+        encode(data.x0_hat, data.process, x, "ddim", grid=up)
+
+
+@pytest.mark.parametrize("solver", ["rk45", "ddim", "ddpm", "restart", "pc"])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_states_of_no_numbers_come_back(solver, shape):
+    process = gaussian("vp")
+    assert sample(lambda x_t, t: x_t, process, torch.zeros(shape), solver, 20, generator=0).shape == shape
+    if solver in ("rk45", "ddim"):
+        assert encode(lambda x_t, t: x_t, process, torch.zeros(shape), solver).shape == shape
+
+
+@pytest.mark.parametrize("process", [None, "vp", VP()])
+def test_what_is_no_process_is_named(process):
+    for run in (sample, encode):
+        with pytest.raises(ConfigError, match=r"the process is .*gaussian\('vp'\)"):
+            run(lambda x_t, t: x_t, process, torch.zeros(2, 3), "ddim")
