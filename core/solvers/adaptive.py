@@ -22,7 +22,7 @@ from polydiff.core.checks import number, whole
 from polydiff.core.denoiser import Denoise, Prediction
 from polydiff.core.errors import DivergenceError
 from polydiff.core.schedules import Schedule
-from polydiff.core.solvers.base import Plan, Point, Solver, State, divide, predict, settle
+from polydiff.core.solvers.base import Plan, Point, Solver, State, combine, divide, predict, settle
 from polydiff.core.tree import expand
 
 # Dormand 1980, table 2: the rows of the stages after the first; the last row is the fifth-order result (FSAL)
@@ -42,23 +42,14 @@ Leaves = tuple[Tensor, ...]
 Resume = tuple[Leaves, Tensor]  # slopes where the last integration ended, and the size of the next step (b,)
 
 
-def _combine(y: Leaves, step: Tensor, slopes: Sequence[Leaves], weights: Sequence[float]) -> Leaves:
-    """y + step * sum of weights times slopes, with a step of its own for every item."""
-    out = []
-    for i, leaf in enumerate(y):
-        total = slopes[0][i] * weights[0]
-        for weight, slope in zip(weights[1:], slopes[1:], strict=True):
-            if weight:
-                total = total.add_(slope[i], alpha=weight)
-        out.append(leaf + expand(step, leaf) * total)
-    return tuple(out)
+def _move(step: Tensor, slopes: Sequence[Leaves], weights: Sequence[float]) -> Leaves:
+    """step * sum of weights times slopes, with a step of its own for every item."""
+    totals = [combine(leaves[0], weights[0], weights[1:], leaves[1:]) for leaves in zip(*slopes, strict=True)]
+    return tuple(expand(step, total) * total for total in totals)
 
 
 def _where(accepted: Tensor, new: Leaves, old: Leaves) -> Leaves:
-    def pick(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(accepted.to(a.device).reshape(-1, *[1] * (a.ndim - 1)), a, b)
-
-    return tuple(pick(a, b) for a, b in zip(new, old, strict=True))
+    return tuple(torch.where(expand(accepted, a).bool(), a, b) for a, b in zip(new, old, strict=True))
 
 
 def integrate(
@@ -116,10 +107,9 @@ def integrate(
         step = sign * torch.where(last, left, h)
         slopes, new = [first], y
         for row in _ROWS:
-            new = _combine(y, step, slopes, row)
+            new = tuple(map(torch.add, y, _move(step, slopes, row)))
             slopes.append(slope(new, tau + sum(row) * step))
-        zero = tuple(torch.zeros_like(leaf) for leaf in y)
-        error = size(_combine(zero, step, slopes, _ERROR), y, new) / _SHARE
+        error = size(_move(step, slopes, _ERROR), y, new) / _SHARE
         accepted = error <= 1  # false for an error that is not a number
         factor = torch.nan_to_num(0.9 * error.clamp_min(1e-10) ** -0.2, nan=0.2).clamp(0.2, 2.0)
         y, first = _where(accepted, new, y), _where(accepted, slopes[-1], first)

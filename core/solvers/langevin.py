@@ -62,12 +62,10 @@ class PredictorCorrector(Solver):
         settle(self, corrections=whole("corrections", self.corrections))
         if (self.snr is None) == (self.size is None):
             raise ConfigError("Langevin steps need exactly one of snr and size")
-        if self.size is None:
-            settle(self, snr=number("snr", self.snr, above=0.0))
-        else:
-            settle(self, size=number("size", self.size, above=0.0))
-            if self.size >= 2:
-                raise ConfigError(f"size = {self.size} must be below 2, from where on the steps diverge")
+        name = "snr" if self.size is None else "size"
+        settle(self, **{name: number(name, getattr(self, name), above=0.0)})
+        if self.size is not None and self.size >= 2:
+            raise ConfigError(f"size = {self.size} must be below 2, from where on the steps diverge")
         if self.predictor is not None:
             settle(self, predictor=resolve(self.predictor))
         stages = self.predictor.stages if self.predictor else 0

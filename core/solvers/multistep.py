@@ -27,19 +27,8 @@ from polydiff.core.checks import number, whole
 from polydiff.core.denoiser import Denoise, as_prediction
 from polydiff.core.errors import ConfigError, unknown
 from polydiff.core.schedules import Schedule
-from polydiff.core.solvers.base import (
-    COORDINATES,
-    Array,
-    Plan,
-    Point,
-    Solver,
-    State,
-    checked,
-    combine,
-    divide,
-    level_at,
-    settle,
-)
+from polydiff.core.solvers import base
+from polydiff.core.solvers.base import COORDINATES, Array, Plan, Point, Solver, State, checked, combine, divide
 from polydiff.core.solvers.coordinates import VARIABLES, differences, from_x0, moments, quadrature, tau_span
 from polydiff.core.solvers.runge_kutta import TABLEAUS, Stage, stages, through_stages
 from polydiff.core.variational import log_range
@@ -115,11 +104,11 @@ class Multistep(Solver):
             ("noise form", self.noise_form, NOISE_FORMS),
             ("startup", self.startup, ("low", "full")),
         ):
-            if value not in valid:
+            if value not in tuple(valid):
                 raise unknown(kind, value, valid)
-        settle(self, terms=whole("order", order, 1, 4), blend=number("blend", self.blend, 0.0))
-        eta: Any = self.eta if callable(self.eta) else level_at("eta", self.eta)
-        settle(self, eta=eta, stochastic=bool(eta))
+        base.settle(self, terms=whole("order", order, 1, 4), blend=number("blend", self.blend, 0.0))
+        eta: Any = self.eta if callable(self.eta) else base.level_at("eta", self.eta)
+        base.settle(self, eta=eta, stochastic=bool(eta))
         eta = "a function" if callable(eta) else eta
         bh = self.corrector in ("bh1", "bh2")
         ancestral = self.noise_form != "sde" and self.stochastic
@@ -141,9 +130,9 @@ class Multistep(Solver):
             if holds:
                 raise ConfigError(reason)
         corrected = self.corrector is not None
-        reached = order + corrected if self.startup == "full" else min(order, 2) + corrected
+        reached = (self.terms if self.startup == "full" else min(self.terms, 2)) + corrected
         low = self.lower_final or self.blend or self.variable == "index"
-        settle(self, order=min(reached, 2) if low else reached)  # without noise, on a grid that is smooth
+        base.settle(self, order=min(reached, 2) if low else reached)  # without noise, on a grid that is smooth
 
     def __repr__(self) -> str:
         rest = "".join(f", {own.name}={getattr(self, own.name)!r}" for own in fields(self)[1:])
@@ -168,7 +157,7 @@ class Multistep(Solver):
         h = end.log_snr - start.log_snr
         eta: Array = self.eta
         if callable(eta):
-            eta = np.array([level_at("eta", eta, value) for value in (start.log_snr + 0.5 * h).tolist()])
+            eta = np.array([base.level_at("eta", eta, value) for value in (start.log_snr + 0.5 * h).tolist()])
         scale, total = tau_span(self.predict, start, end, eta**2)
         noise: Iterable[float] = repeat(0.0)
         spread: Iterable[float] = repeat(0.0)
@@ -211,14 +200,16 @@ class Multistep(Solver):
         index = self.variable == "index"
         u = np.arange(len(table.time)) if index else VARIABLES[self.variable][0](table.log_snr, table.time)
         ends = len(u) if self.lower_final else None
-        count, at, beyond, there = _layout(inner, self.terms, size, math.isfinite(u[0]), ends)
+        count, at, beyond, there, lines = _layout(inner, self.terms, size, math.isfinite(u[0]), ends)
         first = u[inner.start : inner.stop, None]
         width = u[inner.start + 1 : inner.stop + 1, None] - first
         nodes = u[at] - first + width * beyond
         ruled = self.corrector or self.rule
         rule = ruled if ruled in ("bh1", "bh2") else self.rule
-        means, density, terms = np.ones(nodes.shape), 1.0, differences(nodes)
-        if size > 2 or not {rule, ruled} <= {"midpoint", "bh2"}:
+        terms = differences(nodes)
+        if size == 2 and {rule, ruled} <= {"midpoint", "bh2"}:
+            means, density = np.ones(nodes.shape), 1.0
+        else:
             u, mass, density = quadrature(self.predict, self.variable, schedule, start, end, eta2)
             means = moments(u, mass, nodes)
         if self.blend:
@@ -228,8 +219,8 @@ class Multistep(Solver):
         parts = means[:, :, None] * there[:, :, : len(rules)]
         for more, name in enumerate(rules):
             if name != "exact":  # a rule takes the place of the exact integral of lines
-                lines = count + more == 2
-                parts[lines, 1, more] = 0.5 * (width if name != "bh1" else width * density)[lines, 0]
+                middle = 0.5 * (width if name != "bh1" else width * density)
+                parts[lines[:, more], 1, more] = middle[lines[:, more], 0]
         found = terms @ parts
         shares = found[:, :, 0]
         if self.corrector is None:
@@ -289,11 +280,12 @@ def _layout(inner: range, terms: int, size: int, started: bool, ends: int | None
 
     Returns:
         Predictions in each interval, (n,); the points of the nodes, (n, p), those of the predictions and then the end; widths
-        beyond it, (n, p), for those left over have to differ; the nodes of predictor and corrector, bool (n, p, 2).
+        beyond it, (n, p), for those left over have to differ; of predictor and corrector, the nodes there are, bool
+        (n, p, 2), and whether two, (n, 2).
     """
     at, back = np.arange(inner.start, inner.stop)[:, None], np.arange(size)
     count = np.minimum(at + started, terms)
     if ends is not None:
         count = np.minimum(count, ends - 1 - at)
-    there = back[:, None] < count[:, :, None] + np.arange(2)
-    return count[:, 0], np.where(back < count, at - back, at + 1), np.maximum(back - count, 0), there
+    nodes, at = count + np.arange(2), np.where(back < count, at - back, at + 1)
+    return count[:, 0], at, np.maximum(back - count, 0), back[:, None] < nodes[:, None], nodes == 2

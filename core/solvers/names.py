@@ -53,10 +53,7 @@ _PUBLISHED: dict[str, tuple[Solver, str]] = {
     "unipc-3": (Multistep(3, "x0", corrector="bh2"), f"{_UNIPC} UniPC-3, B2"),
     "unipc-eps": (Multistep(2, "eps", corrector="bh1", lower_final=True), f"{_UNIPC} UniPC-2 in eps, B1, low end"),
     "unipc-3-final": (Multistep(3, "x0", corrector="bh1", lower_final=True), f"{_UNIPC} UniPC-3, B1, low end"),
-    "sa-solver": (
-        Multistep(3, "x0", corrector="exact", eta=1.0),
-        "Xue 2023 (SA-Solver), algorithm 1: 3 steps, corrector",
-    ),
+    "sa-solver": (Multistep(3, "x0", corrector="exact", eta=1.0), "Xue 2023 (SA-Solver), algorithm 1, of three steps"),
     "deis": (Multistep(4, "eps", "t"), "Zhang 2023 (DEIS), eq. 14: tAB3, a cubic in t"),
     "lms": (Multistep(4, "eps", "sigma_over_alpha"), "Adams-Bashforth of order 4 in Karras 2022, eq. 4"),
     "ipndm": (Multistep(4, "eps", "index"), "Zhang 2023 (DEIS): iPNDM"),

@@ -16,18 +16,7 @@ from polydiff.core.denoiser import Denoise
 from polydiff.core.errors import ConfigError, unknown
 from polydiff.core.schedules import Schedule
 from polydiff.core.solvers import base
-from polydiff.core.solvers.base import (
-    COORDINATES,
-    Array,
-    Plan,
-    Point,
-    Solver,
-    State,
-    combine,
-    divide,
-    predict_x0,
-    settle,
-)
+from polydiff.core.solvers.base import COORDINATES, Array, Plan, Point, Solver, State, combine, divide, predict_x0
 from polydiff.core.solvers.coordinates import TAU, between, differences, from_x0, moments, quadrature, tau_span
 
 
@@ -117,13 +106,11 @@ def stages(
     columns = []
     for node, row in zip(nodes[1:], tableau.rows, strict=True):
         scale, span = spans[node]
-        if tableau.variable == "log_snr" and len(row) > 1:
+        if tableau.variable == "log_snr":
             places = np.stack([at[nodes[i]].log_snr - start.log_snr for i in row], 1)
             u, mass, _ = quadrature(form, variable, schedule, start, at[node])
             shares = differences(places) @ moments(u, mass, places)[:, :, None]
             slopes = [(i, span * shares[:, j, 0]) for j, i in enumerate(row)]
-        elif tableau.variable == "log_snr":
-            slopes = [(row[0], span)]
         else:
             slopes = [(i, span * (weight / sum(row))) for i, weight in enumerate(row) if weight]
         weights = np.zeros((len(folded), n))
@@ -166,17 +153,18 @@ class RungeKutta(Solver):
     churn: Churn | None = None
 
     def __post_init__(self) -> None:
-        if self.tableau not in TABLEAUS:
-            raise unknown("tableau", self.tableau, TABLEAUS)
-        if self.predict not in COORDINATES:
-            raise unknown("form (predict)", self.predict, COORDINATES)
+        for kind, value, valid in (("tableau", self.tableau, TABLEAUS), ("form (predict)", self.predict, COORDINATES)):
+            if value not in tuple(valid):
+                raise unknown(kind, value, valid)
         if self.churn is not None:
             if not isinstance(self.churn, Churn):
                 raise ConfigError(f"churn = {shown(self.churn)} must be a Churn(amount, low, high, scale) or None")
             for name, value in self.churn._asdict().items():
                 number(f"churn {name}", value, self.churn.low if name == "high" else 0.0)
         tableau = TABLEAUS[self.tableau]
-        settle(self, order=tableau.order, stages=len(tableau.rows), stochastic=bool(self.churn and self.churn.amount))
+        base.settle(
+            self, order=tableau.order, stages=len(tableau.rows), stochastic=bool(self.churn and self.churn.amount)
+        )
 
     def coefficients(self, schedule: Schedule, table: Point, points: Sequence[Point]) -> Sequence[_Step]:
         """Stages, weights and churn of every interval."""
