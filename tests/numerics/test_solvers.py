@@ -12,9 +12,9 @@ from polydiff.core.denoiser import Prediction
 from polydiff.core.errors import ConfigError, ScheduleError
 from polydiff.core.grids import Grid, make_grid
 from polydiff.core.noise import Noise
-from polydiff.core.processes import gaussian
+from polydiff.core.processes import GaussianProcess, gaussian
 from polydiff.core.sampling import count, sample
-from polydiff.core.schedules import SCHEDULES
+from polydiff.core.schedules import SCHEDULES, VP
 from polydiff.core.solvers import NAMES, Churn, Multistep, RungeKutta
 from polydiff.core.solvers.base import COORDINATES
 from tests.numerics.exact import Gaussian, Mixture, as_field, slope
@@ -149,6 +149,18 @@ def test_churn_scales_the_state_on_paths_that_shrink_the_data():
         assert float(t) == 0.999 if start == 0.9988 else float(level) == pytest.approx(math.sqrt(2))
         expected = process.renoise(x, before, t, noise.draw(0, "churn", x))
         torch.testing.assert_close(x_t, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_log_snr_of_a_schedule_s_own_is_taken():
+    class Known(VP):
+        def log_snr(self, t):
+            return -0.5 * torch.log(torch.expm1(self.integral(t))) + 1e-3  # to be told from alpha and sigma
+
+    grid = Grid((0.9, 0.5, 0.1), final=True)
+    points = Multistep(2).plan(GaussianProcess(Known()), grid).points
+    assert [point.log_snr for point in points[:-1]] == Known().log_snr(torch.tensor(grid.times, dtype=F64)).tolist()
+    plain = Multistep(2).plan(gaussian("vp"), grid).points
+    assert [point.log_snr for point in plain[:-1]] == VP().log_snr(torch.tensor(grid.times, dtype=F64)).tolist()
 
 
 def test_lower_final_lowers_the_order_towards_the_end():
