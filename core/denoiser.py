@@ -90,9 +90,11 @@ def coefficients(schedule: Schedule, t: Tensor, given: str, wanted: str) -> Pair
 
 
 @functools.lru_cache(maxsize=8192)
-def _scalar_coefficients(schedule: Schedule, t: float, given: str, wanted: str) -> tuple[float, float]:
-    a, b = coefficients(schedule, as_time(t), given, wanted)
-    return float(a), float(b)
+def at_number(
+    function: Callable[..., tuple[Tensor, ...]], schedule: Schedule, t: float, *rest: Any
+) -> tuple[float, ...]:
+    """What a function (schedule, t, ...) gives at one time, as plain numbers."""
+    return tuple(float(c) for c in function(schedule, as_time(t), *rest))
 
 
 class Prediction:
@@ -124,7 +126,7 @@ class Prediction:
             return self.value
         schedule = self.process.schedule
         if self.t.ndim == 0:
-            of_x, of_given = _scalar_coefficients(schedule, self.t.item(), self.given, wanted)
+            of_x, of_given = at_number(coefficients, schedule, self.t.item(), self.given, wanted)
             out = self.value * of_given
             return torch.add(out, self.x_t, alpha=of_x) if of_x else out
         a, b = (expand(c, self.x_t) for c in coefficients(schedule, self.t, self.given, wanted))
@@ -186,7 +188,7 @@ def as_prediction(process: GaussianProcess, x_t: Tensor, t: Tensor, output: Pred
 PRECONDITIONS = ("edm", *FIELDS)
 
 
-def preconditioning(name: str, schedule: Schedule, t: Tensor, sigma_data: float) -> tuple[Tensor, ...]:
+def preconditioning(schedule: Schedule, t: Tensor, name: str, sigma_data: float) -> tuple[Tensor, ...]:
     r"""c_skip, c_out, c_in, c_noise of a network F, float64 with the shape of t.
 
     With :math:`S^2 = \alpha^2\sigma_d^2 + \sigma^2`: c_in = 1/S and c_noise = ln(sigma/alpha)/4, clamped to [-5, 5].
@@ -203,11 +205,6 @@ def preconditioning(name: str, schedule: Schedule, t: Tensor, sigma_data: float)
     of_x0, of_eps = parts(schedule, t, name)
     c_out = _unless_infinite(torch.hypot(of_x0 * sigma_data, of_eps))
     return torch.zeros_like(alpha), c_out, 1 / size, c_noise
-
-
-@functools.lru_cache(maxsize=8192)
-def _scalar_preconditioning(name: str, schedule: Schedule, t: float, sigma_data: float) -> tuple[float, ...]:
-    return tuple(float(c) for c in preconditioning(name, schedule, as_time(t), sigma_data))
 
 
 def _heads(output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -278,11 +275,11 @@ class Denoiser(nn.Module):
 
     def _coefficients(self, t: Tensor, x_t: Tensor) -> tuple[Any, Any, Any, Tensor]:
         """c_skip, c_out and c_in as factors of x_t, and c_noise (b,)."""
-        b, schedule = x_t.shape[0], self.process.schedule
+        b, schedule, own = x_t.shape[0], self.process.schedule, (self.precondition, self.sigma_data)
         if t.ndim == 0:  # a solver's time, on the host: as plain numbers none of them is transferred
-            skip, out, into, level = _scalar_preconditioning(self.precondition, schedule, t.item(), self.sigma_data)
+            skip, out, into, level = at_number(preconditioning, schedule, t.item(), *own)
             return skip, out, into, torch.full((b,), level, dtype=torch.float32, device=x_t.device)
-        c_skip, c_out, c_in, c_noise = preconditioning(self.precondition, schedule, t, self.sigma_data)
+        c_skip, c_out, c_in, c_noise = preconditioning(schedule, t, *own)
         c_noise = c_noise.to(device=x_t.device, dtype=torch.float32).expand(b)
         return expand(c_skip, x_t), expand(c_out, x_t), expand(c_in, x_t), c_noise
 

@@ -79,7 +79,7 @@ def _of_field(field: str, schedule: Schedule, t: Tensor, sigma_data: float) -> T
 WEIGHTS: dict[str, Callable[..., Tensor]] = {
     **{field: functools.partial(_of_field, field) for field in FIELDS},  # v: Salimans 2022, appendix D
     "edm": lambda schedule, t, sigma_data: (
-        preconditioning("edm", schedule, t, sigma_data)[1] ** -2
+        preconditioning(schedule, t, "edm", sigma_data)[1] ** -2
     ),  # Karras 2022, table 1
     "likelihood": lambda schedule, t, sigma_data: -schedule.dlog_snr(t) * _snr(schedule, t),  # Kingma 2021, eq. 15
     "min_snr": lambda schedule, t, sigma_data: _snr(schedule, t).clamp(max=5.0),  # Hang 2023, section 3.4

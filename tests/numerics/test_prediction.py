@@ -59,7 +59,7 @@ def test_the_fields_that_solvers_integrate_are_as_defined(schedule, given):
 def test_a_network_that_meets_its_target_denoises_exactly(schedule, name):
     process, sd = gaussian(schedule), 0.5
     x_t, fields = _truth(process.schedule, T)
-    c_skip, c_out, c_in, c_noise = (c[:, None, None] for c in preconditioning(name, process.schedule, T, sd))
+    c_skip, c_out, c_in, c_noise = (c[:, None, None] for c in preconditioning(process.schedule, T, name, sd))
 
     class Target(torch.nn.Module):
         def forward(self, x, level, mask, cond, present):
@@ -100,7 +100,7 @@ def test_no_number_at_an_end_is_infinite(schedule):
         for given, wanted in itertools.product(FIELDS, (*FIELDS, "flow", "angle")):
             assert all(map(torch.isfinite, coefficients(process.schedule, t, given, wanted))), (given, wanted)
         for name in PRECONDITIONS:
-            assert all(map(torch.isfinite, preconditioning(name, process.schedule, t, 0.5))), name
+            assert all(map(torch.isfinite, preconditioning(process.schedule, t, name, 0.5))), name
     if schedule != "ve":  # sigma = 0 at t = 0: the state is the data, whatever the velocity, eps or v
         for given in ("eps", "v", "velocity", "score"):
             a, b = coefficients(process.schedule, torch.zeros((), dtype=torch.float64), given, "x0")
@@ -162,7 +162,7 @@ class _Echo(torch.nn.Module):
 def test_preconditioning_gives_unit_inputs_and_targets(schedule, name):
     """With data N(0, sd^2) the network's input and the target that the loss implies both have variance 1."""
     process, sd = gaussian(schedule), 0.5
-    c_skip, c_out, c_in, _ = preconditioning(name, process.schedule, T, sd)
+    c_skip, c_out, c_in, _ = preconditioning(process.schedule, T, name, sd)
     alpha, sigma = process.schedule.alpha(T), process.schedule.sigma(T)
     torch.testing.assert_close(c_in**2 * ((alpha * sd) ** 2 + sigma**2), torch.ones_like(T))
     field = "x0" if name == "edm" else name
@@ -180,7 +180,7 @@ def test_edm_preconditioning_equals_the_published_table():
     process, sd = gaussian("edm"), 0.5
     t = torch.linspace(process.t_min, 1, 9, dtype=torch.float64)
     sigma = process.schedule.sigma(t)
-    c_skip, c_out, c_in, c_noise = preconditioning("edm", process.schedule, t, sd)
+    c_skip, c_out, c_in, c_noise = preconditioning(process.schedule, t, "edm", sd)
     torch.testing.assert_close(c_skip, sd**2 / (sigma**2 + sd**2))
     torch.testing.assert_close(c_out, sigma * sd / torch.sqrt(sd**2 + sigma**2))
     torch.testing.assert_close(c_in, 1 / torch.sqrt(sigma**2 + sd**2))
