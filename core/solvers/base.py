@@ -24,6 +24,8 @@ Array = Any  # of numpy, or a number
 
 ALPHA_FLOOR = 1e-6  # below it the state holds no data, and an interval is taken at first order in x0_hat
 
+_DATA = np.array([[0.0], [1.0], [0.0], [math.inf]])  # a Point less t
+
 # name -> the field of a Prediction that obeys dy = p dtau; see Multistep for the table
 COORDINATES = {"x0": "x0", "eps": "eps", "v": "angle", "flow": "flow", "velocity": "velocity"}
 
@@ -79,7 +81,7 @@ def tabulate(schedule: Schedule, time: Array, final: bool = False) -> Point:
     """Evaluate a schedule at many times (n,), vectorised in float64; where ``final`` the data follow, at sigma = 0."""
     t, n = torch.from_numpy(time), len(time)
     columns = np.empty((4, n + final))
-    columns[:, n:] = [[0.0], [1.0], [0.0], [math.inf]]
+    columns[:, n:] = _DATA
     columns[0, :n] = time
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     own = type(schedule).log_snr is not Schedule.log_snr  # otherwise it follows from the two, which are known

@@ -103,7 +103,7 @@ def quadrature(
     if variable == "t" or form == "velocity":
         t = schedule.t_of_log_snr(torch.from_numpy(log_snr)).numpy()
     if form == "x0":
-        density = np.exp((1 + np.asarray(eta2)[..., None]) * back)
+        density = np.exp(back + back * (eta2[:, None] if isinstance(eta2, np.ndarray) else eta2))
     elif form == "eps":
         density = np.exp(-back)
     elif form == "v":
@@ -112,10 +112,10 @@ def quadrature(
         density = 1 / np.cosh(0.5 * log_snr) ** 2
     else:
         density = 1 / np.abs(schedule.dlog_snr(torch.from_numpy(t)).numpy())
-    mass = density @ _WEIGHTS
+    mass = (density @ _WEIGHTS)[:, None]
     of = VARIABLES[variable][0]
     u = of(log_snr, t) - of(start.log_snr, start.time)[:, None]
-    return u, density * (_WEIGHTS / mass[:, None]), 1 / mass[:, None]
+    return u, density * (_WEIGHTS / mass), 1 / mass
 
 
 def moments(u: Array, mass: Array, nodes: Array) -> Array:
@@ -123,7 +123,7 @@ def moments(u: Array, mass: Array, nodes: Array) -> Array:
     found = np.ones(nodes.shape)
     for m in range(1, nodes.shape[1]):
         mass = mass * (u if m == 1 else u - nodes[:, m - 1 : m])
-        mass.sum(1, out=found[:, m])
+        np.add.reduce(mass, 1, out=found[:, m])
     return found
 
 

@@ -200,7 +200,7 @@ class Multistep(Solver):
         index = self.variable == "index"
         u = np.arange(len(table.time)) if index else VARIABLES[self.variable][0](table.log_snr, table.time)
         ends = len(u) if self.lower_final else None
-        count, at, beyond, there, lines = _layout(inner, self.terms, size, math.isfinite(u[0]), ends)
+        at, beyond, there, lines, ahead = _layout(inner, self.terms, size, math.isfinite(u[0]), ends)
         first = u[inner.start : inner.stop, None]
         width = u[inner.start + 1 : inner.stop + 1, None] - first
         nodes = u[at] - first + width * beyond
@@ -225,10 +225,7 @@ class Multistep(Solver):
         shares = found[:, :, 0]
         if self.corrector is None:
             return shares, None
-        change = found[:, :, 1] - shares
-        place = np.arange(len(inner)), count
-        ahead, change[place] = change[place], 0.0
-        return shares, np.concatenate([ahead[:, None], change[:, :-1]], 1)
+        return shares, (found[:, :, 1] - shares).take(ahead)
 
     def _begin(
         self, schedule: Schedule, start: Point, end: Point, ends: Sequence[Point], own: Sequence[Pair]
@@ -279,13 +276,16 @@ def _layout(inner: range, terms: int, size: int, started: bool, ends: int | None
     """Where nodes stand, whatever the times of a grid are.
 
     Returns:
-        Predictions in each interval, (n,); the points of the nodes, (n, p), those of the predictions and then the end; widths
-        beyond it, (n, p), for those left over have to differ; of predictor and corrector, the nodes there are, bool
-        (n, p, 2), and whether two, (n, 2).
+        The points of the nodes, (n, p), those of the predictions and then the end; widths beyond it, (n, p), for those left
+        over have to differ; of predictor and corrector, the nodes there are, bool (n, p, 2), and whether two, (n, 2); where
+        in (n, p) numbers the end's are and then those of the predictions.
     """
     at, back = np.arange(inner.start, inner.stop)[:, None], np.arange(size)
     count = np.minimum(at + started, terms)
     if ends is not None:
         count = np.minimum(count, ends - 1 - at)
-    nodes, at = count + np.arange(2), np.where(back < count, at - back, at + 1)
-    return count[:, 0], at, np.maximum(back - count, 0), back[:, None] < nodes[:, None], nodes == 2
+    nodes, left = count + np.arange(2), np.maximum(back - count, 0)
+    ahead = (
+        np.where(back == 0, count, np.where(back <= count, back - 1, size - 1)) + size * np.arange(len(inner))[:, None]
+    )
+    return np.where(back < count, at - back, at + 1), left, back[:, None] < nodes[:, None], nodes == 2, ahead

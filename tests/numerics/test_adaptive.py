@@ -200,6 +200,18 @@ def test_a_state_that_was_moved_has_another_slope():
     assert _rms(found[1] - found[0]) < 1e-4
 
 
+def test_fixed_elements_do_not_count_in_the_error():
+    """What a network says of them may be as rough as it likes."""
+    process, g = gaussian("vp"), torch.Generator().manual_seed(0)
+    fixed = torch.tensor([[False, True, False]])
+    denoise = count(lambda x_t, t: 0.5 * x_t + 50 * fixed * torch.randn(x_t.shape, generator=g, dtype=F64))
+    x = torch.tensor([[0.4, 2.0, -1.0]], dtype=F64)
+    out = sample(denoise, process, x, Adaptive(max_steps=60), grid=(0.8, 0.2), fixed=fixed)
+    alone = sample(lambda x_t, t: 0.5 * x_t, process, x, Adaptive(1e-9, 1e-9), grid=(0.8, 0.2))
+    assert float(out[0, 1]) == 2.0
+    torch.testing.assert_close(out[~fixed], alone[~fixed], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
 def test_nothing_is_sampled_of_nothing(shape):
     x = torch.zeros(shape, dtype=F64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -149,6 +150,15 @@ def test_churn_scales_the_state_on_paths_that_shrink_the_data():
         assert float(t) == 0.999 if start == 0.9988 else float(level) == pytest.approx(math.sqrt(2))
         expected = process.renoise(x, before, t, noise.draw(0, "churn", x))
         torch.testing.assert_close(x_t, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_churn_acts_from_low_to_high_with_both():
+    process, grid = gaussian("ve"), Grid((0.5, 0.4, 0.3))
+    log_snr = [point.log_snr for point in Multistep(1).plan(process, grid).points]
+    for k in (0, 1):
+        level = float(np.exp(-log_snr[k]))
+        steps = RungeKutta("heun", "eps", Churn(40.0, level, level)).plan(process, grid).steps
+        assert [step.lift is not None for step in steps] == [k == 0, k == 1]
 
 
 def test_a_log_snr_of_a_schedule_s_own_is_taken():
