@@ -29,7 +29,7 @@ BOUNDS = {"ddim": 0.5, "euler": 1.0, "heun": 0.5, "dpmpp-2m": 0.5, "unipc": 0.5}
 
 
 def plan_times(names: list[str], n: int, rounds: int) -> dict[str, float]:
-    """Microseconds a step of making a plan that is not cached, by solver."""
+    """Microseconds a step of making a plan that is not cached, by solver; what hangs on its length alone is laid out once."""
     from solver_loops import PROCESS
 
     grid = make_grid("karras", n, PROCESS)
