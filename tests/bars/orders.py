@@ -25,12 +25,12 @@ from tests.numerics.test_solvers import DETERMINISTIC, RANGE, SMOOTH, nominal_or
 from polydiff.core.grids import make_grid
 from polydiff.core.processes import gaussian
 from polydiff.core.sampling import sample
-from polydiff.core.solvers import NAMES, Multistep, RungeKutta
+from polydiff.core.solvers import NAMES, Multistep, RungeKutta, Solver
 from polydiff.core.solvers.base import COORDINATES
 from polydiff.core.solvers.coordinates import TAU
 
 EXPLAINED = {("midpoint", "Gaussian"): "on Gaussian data in the eps form the h^3 terms of the midpoint rule cancel"}
-FORMS = {
+FORMS: dict[str, Solver] = {
     f"{terms} terms, {form} in {variable}, {corrector or 'no'} corrector, {startup} start": Multistep(
         terms, form, variable, corrector, startup=startup
     )
@@ -70,7 +70,7 @@ def measure(solver, schedule: str, kind: str) -> float:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     given = arguments()
-    cases = {
+    cases: dict[str, list[tuple[str, Solver, str]]] = {
         "names": [(name, NAMES[name].solver, kind) for name in DETERMINISTIC for kind in ("Gaussian", "Mixture")],
         "forms": [(name, solver, "Mixture") for name, solver in FORMS.items()],
     }
