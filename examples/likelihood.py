@@ -16,13 +16,15 @@ n = int(sys.argv[2]) if len(sys.argv) > 2 else 16
 process, held_out = run.process, run.dataset("test")
 items = [held_out[i] for i in range(n)]
 batch = run.adapter.collate(items)
+clean = batch.x
+assert not isinstance(clean, dict)
 denoise = count(run.denoiser.to("cpu").bind(cond=batch.cond))
 
 # Levels of 8 bits have no density until noise of one level's width is added, and the flow starts at t_min, not at 0.
 alpha = float(process.schedule.alpha(as_time(process.t_min)))
-x = alpha * dequantise(batch.x, bins=256, generator=0)
+x = alpha * dequantise(clean, bins=256, generator=0)
 nats = log_prob(denoise, process, x, rtol=1e-3, atol=1e-3, generator=0)
-bits = bits_per_dim(nats, batch.x[0].numel(), bins=256, alpha=alpha)
+bits = bits_per_dim(nats, clean[0].numel(), bins=256, alpha=alpha)
 print(f"bits_per_dim {bits.mean():.3f}")
 print(f"standard_error {bits.std() / n**0.5:.3f}")
 print(f"evaluations {denoise.calls}")

@@ -57,7 +57,7 @@ def polydiff_unet(field: int = 3) -> tuple[nn.Module, Call]:
 
 def diffusers_unet(*widths: int, field: int = 3) -> tuple[nn.Module, Call]:
     """UNet2DModel with its defaults, attention on the smallest field."""
-    from diffusers import UNet2DModel  # type: ignore[import-not-found]
+    from diffusers import UNet2DModel
 
     plain = len(widths) - 1
     network = UNet2DModel(
@@ -73,8 +73,8 @@ def diffusers_unet(*widths: int, field: int = 3) -> tuple[nn.Module, Call]:
 
 def azula_unet(*widths: int, blocks: int) -> tuple[nn.Module, Call]:
     """azula's UNet with its defaults, modulated by the noise level."""
-    from azula.nn.layers import SineEncoding  # type: ignore[import-not-found]
-    from azula.nn.unet import UNet as AzulaUNet  # type: ignore[import-not-found]
+    from azula.nn.layers import SineEncoding
+    from azula.nn.unet import UNet as AzulaUNet
 
     features = 4 * widths[0]
     encoding = nn.Sequential(SineEncoding(features), nn.Linear(features, features), nn.SiLU())

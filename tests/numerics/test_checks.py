@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +56,17 @@ def test_rows_keep_all_digits_whatever_holds_them():
     third = 1 / 3
     for value in ([third, 1.0], (third, 1.0), np.array([third, 1.0]), torch.tensor([third, 1.0], dtype=torch.float64)):
         assert row("a", value).tolist() == [third, 1.0]
-    for value in (5, None, "ab", ["a"], [[1.0]], [[1.0], [1.0, 2.0]], {}, torch.ones(2, dtype=torch.complex64)):
+    bad: tuple[Any, ...] = (
+        5,
+        None,
+        "ab",
+        ["a"],
+        [[1.0]],
+        [[1.0], [1.0, 2.0]],
+        {},
+        torch.ones(2, dtype=torch.complex64),
+    )
+    for value in bad:
         with pytest.raises(ScheduleError, match="a must be one row of numbers"):
             row("a", value, ScheduleError)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mpmath
 import numpy as np
@@ -191,6 +192,7 @@ def test_a_chain_is_welcome_in_whatever_holds_it():
     for table in (numbers, np.array(numbers), torch.tensor(numbers, dtype=torch.float64)):
         assert Discrete(alphas_cumprod=table) == expected and hash(Discrete(alphas_cumprod=table)) == hash(expected)
         assert gaussian("discrete", alphas_cumprod=table) == GaussianProcess(expected)
-    for table in (5, "ab", [[0.9, 0.1]], ["a"] * 5, True):
+    bad: tuple[Any, ...] = (5, "ab", [[0.9, 0.1]], ["a"] * 5, True)
+    for table in bad:
         with pytest.raises(ScheduleError, match="alphas_cumprod must be one row of numbers"):
             gaussian("discrete", alphas_cumprod=table)

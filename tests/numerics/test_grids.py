@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,7 +131,8 @@ def test_numbers_of_steps_may_be_of_any_kind():
 
 def test_what_is_no_row_of_times_is_named():
     complex_times = torch.tensor([0.9, 0.1], dtype=torch.complex64)
-    for times in (["a", "b"], None, {}, 5, [[0.9, 0.1]], [[0.9], [0.5, 0.1]], complex_times):
+    bad: tuple[Any, ...] = (["a", "b"], None, {}, 5, [[0.9, 0.1]], [[0.9], [0.5, 0.1]], complex_times)
+    for times in bad:
         with pytest.raises(ScheduleError, match="the times of a grid must be one row of numbers"):
             as_grid(times, 5, gaussian("vp"))
         with pytest.raises(ScheduleError, match="the times of a grid must be one row of numbers"):

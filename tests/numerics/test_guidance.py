@@ -31,8 +31,8 @@ def test_cfg_pp_denoises_guided_and_renoises_unconditionally(schedule, scale):
     grid = make_grid("uniform", 7, process)
     x = strong.draw(grid.times[0], 8)
     found = sample(cfg_pp(as_field(strong, "v"), as_field(weak, "eps"), scale, grid), process, x, "ddim", grid=grid)
-    for t, s in itertools.pairwise([*grid.times, None]):
-        t = as_time(t)
+    for start, s in itertools.pairwise([*grid.times, None]):
+        t = as_time(start)
         alpha, sigma = process.schedule.alpha(t), process.schedule.sigma(t)
         alpha_s, sigma_s = (
             (1, 0) if s is None else (f(as_time(s)) for f in (process.schedule.alpha, process.schedule.sigma))
@@ -203,7 +203,7 @@ def test_known_elements_are_noised_along_the_path():
 def test_resampling_turns_replacement_into_the_conditional():
     """RePaint: with correlated elements replacement alone is biased; going up again lets the others take notice."""
     process = gaussian("vp")
-    covariance, eye = as_time([[1.0, 0.9], [0.9, 1.0]]), torch.eye(2, dtype=torch.float64)
+    covariance, eye = torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=torch.float64), torch.eye(2, dtype=torch.float64)
 
     def denoise(x_t, t):
         alpha, sigma = process.schedule.alpha(t), process.schedule.sigma(t)

@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def matrix_of(operator, shape):
     return operator(torch.eye(d, dtype=torch.float64).reshape(d, *shape)).flatten(1).mT
 
 
-OPERATORS = {
+OPERATORS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "matrix": (Matrix(randn(3, 6, seed=4)), (6,)),
     "select": (Select(randn(2, 3, 1, seed=5) > 0), (2, 3, 2)),
     "blocks": (AverageBlocks((2, 3)), (1, 4, 3)),
@@ -125,8 +126,12 @@ def test_solve_is_right_for_each_item_and_independent_of_the_others():
     # an easy item stops at once, whatever the others need; one without a right-hand side stays at 0
     matrices[0] = 3 * torch.eye(8)
     b[1] = 0
-    calls = []
-    counted = lambda u: (calls.append(u.clone()), apply(matrices)(u))[1]
+    calls: list[torch.Tensor] = []
+
+    def counted(u):
+        calls.append(u.clone())
+        return apply(matrices)(u)
+
     found = solve(counted, b, 8, 1e-6)
     torch.testing.assert_close(found[0], b[0] / 3)
     assert torch.equal(found[1], torch.zeros(2, 4, dtype=torch.float64)) and len(calls) > 3
@@ -138,10 +143,16 @@ def test_solve_is_right_for_each_item_and_independent_of_the_others():
 
 def test_solve_goes_on_to_its_tolerance_and_no_further():
     scale = torch.linspace(1.0, 30.0, 12, dtype=torch.float64)
-    b, calls = randn(1, 12, seed=3), []
+    b = randn(1, 12, seed=3)
+    calls: list[torch.Tensor] = []
+
+    def scaled(u):
+        calls.append(u)
+        return scale * u
+
     for tolerance in (1e-1, 1e-2, 1e-3):
         before = len(calls)
-        residual = b - scale * solve(lambda u: (calls.append(u), scale * u)[1], b, 12, tolerance)
+        residual = b - scale * solve(scaled, b, 12, tolerance)
         assert float(residual.norm() / b.norm()) <= tolerance
         fewer = len(calls) - before - 1
         residual = b - scale * solve(lambda u: scale * u, b, fewer, 0.0)

@@ -41,7 +41,7 @@ def test_the_way_is_that_of_repaint(length, jump, repeats):
     grid = make_grid("uniform", length, process)
     plan = Resample(Multistep(1), repeats, jump).plan(process, grid)
     levels = [length - 1 - grid.times.index(point.time) if point.time else -1 for point in plan.points]
-    walked = []  # every level that is come to, by a step or by going up
+    walked: list[int] = []  # every level that is come to, by a step or by going up
     for step, here, there in zip(plan.steps, levels, levels[1:], strict=False):
         ends = [length - 1 - grid.times.index(point.time) if point.time else -1 for point in step.inner.points]
         walked += [here] if step.below is not None or not walked else []
