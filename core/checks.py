@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from polydiff.core.errors import ConfigError, DivergenceError, PolydiffError
-from polydiff.core.tree import finite, flat, leaves
+from polydiff.core.tree import finite, flat, leaves, tree_map
 
 Error = type[PolydiffError]
 
@@ -113,6 +113,7 @@ def check_state(x: Any, process: Any, denoise: Callable[..., Any]) -> None:
         if not finite(leaf):
             item = int((~torch.isfinite(flat(leaf)).all(1)).nonzero()[0])
             raise ConfigError(f"the state to start from is not finite: look at item {item} of {len(leaf)}")
+    process.check(x)
 
 
 def check_mask(name: str, mask: Any, like: Any, axis: int) -> None:
@@ -139,14 +140,18 @@ def check_output(output: Any, x_t: Any, place: str, numbers: bool = True) -> Non
     value = output.value if hasattr(output, "given") else output  # a Prediction, told by what it was built from
     if isinstance(value, dict) != isinstance(x_t, dict) or not all(isinstance(leaf, Tensor) for leaf in leaves(value)):
         raise ConfigError(f"the denoiser returned a {type(value).__name__} {place}: a Prediction or a tensor is needed")
-    if isinstance(x_t, dict) and [*value] != [*x_t]:
+    if isinstance(x_t, dict) and sorted(value) != sorted(x_t):
         raise ConfigError(f"the denoiser returned the leaves {[*value]} for a state of {[*x_t]} {place}")
-    for got, like in zip(leaves(value), leaves(x_t), strict=True):
+    needs = x_t if value is output or output.given == "x0" else output.process.tangent_like(x_t)
+    for got, like in zip(leaves(value), leaves(tree_map(lambda _, like: like, value, needs)), strict=True):
         for name in ("shape", "dtype", "device"):
             ours, needed = getattr(got, name), getattr(like, name)
             if ours != needed:
                 ours, needed = (tuple(v) if name == "shape" else v for v in (ours, needed))
                 raise ConfigError(f"the denoiser returned {name} {ours} for a state of {name} {needed} {place}")
-    if numbers and not finite(value):
+    curved = value is not output and output.given == "x0" and output.process.kind != "gaussian"
+    if (numbers or curved) and not finite(value):
         hint = "try more steps, another grid or less guidance, or see whether its training diverged"
         raise DivergenceError(f"the denoiser returned numbers that are not finite {place}: {hint}")
+    if curved:
+        output.process.check(value, f"x0_hat of the denoiser {place}")

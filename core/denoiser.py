@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from polydiff.core.errors import ConfigError, unknown
 from polydiff.core.schedules import Schedule, as_time
-from polydiff.core.tree import expand
+from polydiff.core.tree import expand, tree_map
 
 if TYPE_CHECKING:
     from polydiff.core.adapter import Condition
@@ -101,9 +101,10 @@ class Prediction:
     """What a denoiser says about a state, built from one field and converted on demand.
 
     Args:
-        process: a Gaussian process; its schedule gives the conversions.
+        process: its schedule and geometry give the conversions; rotations have no eps and no v.
         x_t, t: the state (b, *dims) and its time, float64, () or (b,).
-        x0, eps, score, v, velocity: exactly one of them, shaped like ``x_t``.
+        x0, eps, score, v, velocity: exactly one of them, shaped like ``x_t`` (on SO(3) all but x0 like tangents); of a
+            product a dictionary by leaf, and ``prediction[name]`` is the leaf's own.
         fraction: what a second head of the network says of the reverse variance, shaped like ``x_t``; see ``fraction``.
 
     Attributes:
@@ -112,9 +113,7 @@ class Prediction:
 
     __slots__ = ("_fraction", "given", "process", "t", "value", "x_t")
 
-    def __init__(
-        self, process: GaussianProcess, x_t: Tensor, t: Tensor, *, fraction: Tensor | None = None, **field: Tensor
-    ) -> None:
+    def __init__(self, process: Any, x_t: Any, t: Tensor, *, fraction: Tensor | None = None, **field: Any) -> None:
         if len(field) != 1 or next(iter(field)) not in FIELDS:
             raise ConfigError(f"a Prediction is built from exactly one of {', '.join(FIELDS)}; got {sorted(field)}")
         self.process, self.x_t, self.t, self._fraction = process, x_t, t, fraction
@@ -124,6 +123,8 @@ class Prediction:
         """Any field by name; also ``"flow"`` and ``"angle"``, see ``parts``."""
         if wanted == self.given:
             return self.value
+        if self.process.kind != "gaussian":
+            return self.process.convert(self, wanted)
         schedule = self.process.schedule
         if self.t.ndim == 0:
             of_x, of_given = at_number(coefficients, schedule, self.t.item(), self.given, wanted)
@@ -145,9 +146,16 @@ class Prediction:
     def detach(self) -> Prediction:
         """The same numbers without their gradient."""
         fraction = None if self._fraction is None else self._fraction.detach()
-        return Prediction(
-            self.process, self.x_t.detach(), self.t, fraction=fraction, **{self.given: self.value.detach()}
-        )
+        x_t, value = (tree_map(torch.Tensor.detach, state) for state in (self.x_t, self.value))
+        return Prediction(self.process, x_t, self.t, fraction=fraction, **{self.given: value})
+
+    def __getitem__(self, name: str) -> Prediction:
+        """A leaf's own prediction, of a product."""
+        process = self.process
+        if process.kind != "product" or name not in self.value:
+            raise unknown("leaf", name, process.processes if process.kind == "product" else ())
+        t = process.time(name, self.t)
+        return Prediction(process.processes[name], self.x_t[name], t, **{self.given: self.value[name]})
 
     @property
     def fraction(self) -> Tensor:
@@ -180,7 +188,7 @@ def trajectory(own: object) -> Iterator[None]:
         _TRAJECTORY.reset(token)
 
 
-def as_prediction(process: GaussianProcess, x_t: Tensor, t: Tensor, output: Prediction | Tensor) -> Prediction:
+def as_prediction(process: Any, x_t: Any, t: Tensor, output: Any) -> Prediction:
     """A Denoise may return a bare state, which means x0_hat."""
     return output if isinstance(output, Prediction) else Prediction(process, x_t, t, x0=output)
 

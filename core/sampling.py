@@ -132,13 +132,14 @@ def _walk(
     noise = Projected(source, process, mask, fixed)
     if not all(leaf.numel() for leaf in leaves(x)):
         return tree_map(torch.clone, x)  # of no numbers
-    shape, dtype, device = (None, None, None) if isinstance(x, dict) else (x.shape, x.dtype, x.device)
+    plain = process.kind == "gaussian"  # else every output is looked at in full
+    shape, dtype, device = (x.shape, x.dtype, x.device) if plain else (None, None, None)
 
     def hold(state: Any) -> Any:
         """Put fixed elements back to their value at the start."""
         if fixed is None:
             return state
-        return tree_map(lambda new, old: torch.where(process.valid(new, fixed).bool(), old, new), state, x)
+        return tree_map(lambda new, old, own: torch.where(own.bool(), old, new), state, x, process.valid(state, fixed))
 
     def run(strict: bool) -> Any:
         """All steps; a strict run looks at every number that the denoiser returns, and calls nobody back."""
@@ -156,7 +157,7 @@ def _walk(
                 or value.device != device
             ):
                 place = f"at step {k + 1} of {len(plan)}, t = {float(t.flatten()[0]):.6g}"
-                check_output(output, x_t, place, numbers=strict)
+                check_output(output if plain else as_prediction(process, x_t, t, output), x_t, place, numbers=strict)
             return output
 
         def guarded(x_t: Any, t: Tensor) -> Any:

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polydiff.core.checks import check_mask, number, shown
-from polydiff.core.denoiser import Prediction
+from polydiff.core.checks import number, shown
 from polydiff.core.errors import ConfigError, ScheduleError, unknown
 from polydiff.core.noise import Noise
+from polydiff.core.processes.base import Process
 from polydiff.core.schedules import SCHEDULES, Schedule, as_time
 from polydiff.core.tree import expand, flat
 
 
 @dataclass(frozen=True)
-class GaussianProcess:
+class GaussianProcess(Process):
     """Gaussian noising of a tensor (b, *dims), optionally restricted to its mean-free subspace.
 
     Args:
@@ -41,16 +41,6 @@ class GaussianProcess:
             raise ConfigError(
                 f"mean_free = {shown(self.mean_free)} must be true or false, mask_axis = {shown(self.mask_axis)} 1 or -1"
             )
-
-    @property
-    def t_min(self) -> float:
-        """The least noisy time of named grids."""
-        return self.schedule.t_min
-
-    @property
-    def t_max(self) -> float:
-        """The noisiest time of named grids, at which the prior stands."""
-        return self.schedule.t_max
 
     @property
     def _prior_std(self) -> float:
@@ -106,27 +96,6 @@ class GaussianProcess:
             mean = mean * expand(~fixed.any(dim=1), z)
         return z - weight * mean
 
-    def valid(self, like: Tensor, mask: Tensor | None, fixed: Tensor | None = None) -> Tensor | None:
-        """Generated elements as a 0/1 tensor that broadcasts against (b, *dims), or None when all of them are."""
-        for name, marked in (("mask", mask), ("fixed", fixed)):
-            check_mask(name, marked, like, self.mask_axis)
-        if fixed is not None:
-            mask = ~fixed if mask is None else mask & ~fixed
-        if mask is None:
-            return None
-        axis = self.mask_axis % like.ndim
-        shape = [len(like), *[1] * (like.ndim - 1)]
-        shape[axis] = like.shape[axis]
-        return mask.reshape(shape).to(like.dtype)
-
-    def mean(self, values: Tensor, mask: Tensor | None = None, fixed: Tensor | None = None) -> Tensor:
-        """Average (b,) of values (b, *dims) over the generated elements."""
-        valid = self.valid(values, mask, fixed)
-        if valid is None:
-            return flat(values).mean(1)
-        valid = valid.expand_as(values).flatten(1)
-        return (values.flatten(1) * valid).sum(1) / valid.sum(1).clamp_min(1)
-
     def log_prior(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Log density (b,) in nats of the prior N(0, sigma(t_max)^2) over valid elements (their mean-free subspace)."""
         valid, sigma = self.valid(x, mask), self._prior_std
@@ -139,18 +108,6 @@ class GaussianProcess:
         weight = torch.ones_like(like) if valid is None else valid.expand_as(like)
         dims = flat(weight).sum(1)
         return dims - weight.amax(self.mask_axis).flatten(1).sum(1) if self.mean_free else dims
-
-    def rate(self, x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
-        """Velocity of the probability flow, f x - g2 score / 2."""
-        return prediction.velocity
-
-    def retract(self, x: Tensor, u: Tensor) -> Tensor:
-        """Exponential map: x + u."""
-        return x + u
-
-    def tangent(self, x: Tensor, y: Tensor) -> Tensor:
-        """Logarithm map: y - x."""
-        return y - x
 
 
 def gaussian(schedule: str = "edm", mean_free: bool = False, mask_axis: int = 1, **parameters: Any) -> GaussianProcess:

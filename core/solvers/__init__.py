@@ -3,6 +3,7 @@
 from polydiff.core.solvers.adaptive import Adaptive
 from polydiff.core.solvers.base import Solver, resolve
 from polydiff.core.solvers.euler_maruyama import EulerMaruyama
+from polydiff.core.solvers.geodesic import Geodesic
 from polydiff.core.solvers.langevin import PredictorCorrector
 from polydiff.core.solvers.multistep import Multistep
 from polydiff.core.solvers.names import NAMES
@@ -14,6 +15,7 @@ __all__ = [
     "Adaptive",
     "Churn",
     "EulerMaruyama",
+    "Geodesic",
     "Multistep",
     "PredictorCorrector",
     "Resample",

@@ -8,6 +8,7 @@ from polydiff.core.solvers.adaptive import Adaptive
 from polydiff.core.solvers.base import Solver
 from polydiff.core.solvers.coordinates import TAU
 from polydiff.core.solvers.euler_maruyama import EulerMaruyama
+from polydiff.core.solvers.geodesic import Geodesic
 from polydiff.core.solvers.langevin import PredictorCorrector
 from polydiff.core.solvers.multistep import Multistep
 from polydiff.core.solvers.resample import Resample
@@ -59,6 +60,9 @@ _PUBLISHED: dict[str, tuple[Solver, str]] = {
     "ipndm": (Multistep(4, "eps", "index"), "Zhang 2023 (DEIS): iPNDM"),
     "pndm": (Multistep(4, "eps", "index", startup="full"), "Liu 2022 (PNDM), eq. 11 to 13"),
     "euler-maruyama": (EulerMaruyama(), "Song 2021, eq. 6: the reverse SDE in t"),
+    "geodesic": (Geodesic(), "DDIM along geodesics, on any process; on a Gaussian one it is ddim"),
+    "geodesic-heun": (Geodesic(2), "Heun along geodesics, on any process; on a Gaussian one it is heun-v; ours"),
+    "geodesic-sde": (Geodesic(1, 1.0), "De Bortoli 2022, algorithm 1: geodesic random walk; its flat limit made exact"),
     "pc": (PredictorCorrector(_DDPM, snr=0.16), "Song 2021, algorithms 4 and 5, r = 0.16; ddpm as the predictor"),
     "langevin": (PredictorCorrector(None, 100, size=0.1), "Song 2019 (NCSN), algorithm 1 with the values of section 5"),
     "restart": (

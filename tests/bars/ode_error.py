@@ -73,10 +73,11 @@ class Cell:
 
 
 def our_solvers() -> dict[str, Solver]:
-    """The named solvers that draw no noise and take a fixed number of calls per interval; of equal ones the first."""
+    """The named solvers of Gaussian processes without noise, of a fixed number of calls per interval; of equal ones the first."""
     found: dict[str, Solver] = {}
     for name, entry in NAMES.items():
-        if entry.stages and not entry.stochastic and entry.solver not in found.values():
+        flat = entry.solver.needs == "gaussian"  # the others are slower copies of these there
+        if flat and entry.stages and not entry.stochastic and entry.solver not in found.values():
             found[name] = entry.solver
     return found
 

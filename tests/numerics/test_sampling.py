@@ -14,6 +14,7 @@ from polydiff.core.grids import Grid
 from polydiff.core.guidance import cfg
 from polydiff.core.noise import Noise
 from polydiff.core.processes import GaussianProcess, gaussian
+from polydiff.core.processes.base import Process
 from polydiff.core.sampling import encode, sample
 from polydiff.core.schedules import VP
 from polydiff.core.solvers import RungeKutta
@@ -242,8 +243,8 @@ def test_states_to_start_from_are_finite_floating_point_numbers(run):
 
 
 def test_solvers_refuse_a_process_they_do_not_support():
-    class Sphere:
-        kind, t_min, t_max, schedule = "sphere", 0.0, 1.0, VP()
+    class Sphere(Process):
+        kind, schedule = "sphere", VP()
 
     with pytest.raises(ConfigError, match="Gaussian process"):
         sample(lambda x_t, t: x_t, Sphere(), torch.ones(1, 2), "dpmpp-2m", grid=[1.0, 0.5])
