@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -73,3 +74,20 @@ class Process:
     def tangent(self, x: Tensor, y: Tensor) -> Tensor:
         """Logarithm map: y - x."""
         return y - x
+
+    def move(self, start: Any, end: Any, level: float) -> tuple[str, float, float, float, float]:
+        r"""A solver's step from one Point to the next, with noise of a level, where the process is Brownian motion (alpha = 1).
+
+        .. math:: u = \sigma_t^2\,(1 - r^{1+\eta^2})\,s + \sigma_s\sqrt{1 - r^{2\eta^2}}\;z, \qquad r = \sigma_s/\sigma_t
+
+        In flat space it is exact for point data at every level, which steps of :math:`\tfrac12(1 + \eta^2)\,dv` are not.
+
+        Returns:
+            The field, its weight, the standard deviation of the noise, and the weights of the field at both ends in a
+            step of second order, the trapezoidal rule in sigma for -sigma s.
+        """
+        h = math.log(start.sigma / end.sigma)
+        span = start.sigma - end.sigma
+        weight = -(start.sigma**2) * math.expm1(-(1 + level**2) * h)
+        noise = end.sigma * math.sqrt(-math.expm1(-2 * level**2 * h)) if level else 0.0
+        return "score", weight, noise, 0.5 * span * start.sigma, 0.5 * span * end.sigma

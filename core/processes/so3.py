@@ -6,7 +6,6 @@ radians. The displacement :math:`\omega = \mathrm{Log}(\hat R_0^T R_t)` takes th
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -146,23 +145,6 @@ class SO3Process(RotationProcess):
         deviation = ((high - low) * (high + low)).sqrt().clamp_min(1e-30)  # where t = s in a batch
         return self._move(x_s, igso3_tangent(z, _by_item(deviation, z)), fixed)
 
-    def move(self, start: Any, end: Any, level: float) -> tuple[str, float, float, float, float]:
-        r"""First-order step of a solver between two Points, with noise of a level.
-
-        .. math:: u = \sigma_t^2\,(1 - r^{1+\eta^2})\,s + \sigma_s\sqrt{1 - r^{2\eta^2}}\;z, \qquad r = \sigma_s/\sigma_t
-
-        In flat space it is exact for point data at every level, which steps of :math:`\tfrac12(1 + \eta^2)\,dv` are not.
-
-        Returns:
-            The field, its weight, the standard deviation of the noise, and the weights of the field at both ends in a
-            step of second order, the trapezoidal rule in sigma for -sigma s.
-        """
-        h = math.log(start.sigma / end.sigma)
-        span = start.sigma - end.sigma
-        weight = -(start.sigma**2) * math.expm1(-(1 + level**2) * h)
-        noise = end.sigma * math.sqrt(-math.expm1(-2 * level**2 * h)) if level else 0.0
-        return "score", weight, noise, 0.5 * span * start.sigma, 0.5 * span * end.sigma
-
     def _noise(self, z: Tensor, t: Tensor) -> Tensor:
         return igso3_tangent(z, _by_item(self.schedule.sigma(t), z))
 
@@ -211,7 +193,7 @@ class SO3Flow(RotationProcess):
         )
 
     def move(self, start: Any, end: Any, level: float) -> tuple[str, float, float, float, float]:
-        """As of ``SO3Process``: along the geodesic to x0_hat, exact for point data. A level above 0 is refused."""
+        """As of every process: along the geodesic to x0_hat, exact for point data. A level above 0 is refused."""
         if level:
             raise ConfigError(f"a geodesic flow has no score and takes no noise: level = {level:g} must be 0")
         span = end.sigma - start.sigma

@@ -11,8 +11,7 @@ import torch
 
 from polydiff.core.denoiser import Denoise
 from polydiff.core.schedules import Schedule
-from polydiff.core.solvers.base import Plan, Point, Solver, State, divide, level_at, predict, settle
-from polydiff.core.tree import tree_map
+from polydiff.core.solvers.base import Plan, Point, Solver, State, combine, divide, level_at, predict, settle
 
 
 class _Step(NamedTuple):
@@ -24,7 +23,7 @@ class _Step(NamedTuple):
 
 @dataclass(frozen=True)
 class EulerMaruyama(Solver):
-    r"""Euler-Maruyama with any amount of noise, on any process and path; the score is derived from the prediction.
+    r"""Euler-Maruyama with any amount of noise, on any path; the score is derived from the prediction.
 
     Backward in t, :math:`dx = [u - \tfrac{w}{2}\,s]\,dt + \sqrt{w}\,d\bar w` has the forward marginals for every diffusion
     :math:`w(t) \ge 0`, where u is the velocity of the probability flow and s the score. From t to s < t
@@ -32,8 +31,8 @@ class EulerMaruyama(Solver):
     .. math:: x_s = x_t + (s - t)\left(u - \tfrac{w}{2}\,\text{score}\right) + \sqrt{w\,(t - s)}\; z,
               \qquad w = \text{level}^2\, g^2(t)
 
-    through ``process.retract``; order 1 in the weak and, as w does not depend on x, in the strong sense. An interval with
-    an infinite log-SNR at an end, or from alpha under 1e-6, where g2 may be infinite, is taken in x0_hat without noise.
+    of order 1 in the weak and, as w does not depend on x, in the strong sense. An interval with an infinite log-SNR at an
+    end, or from alpha under 1e-6, where g2 may be infinite, is taken in x0_hat without noise.
 
     Args:
         level: 0 is the probability flow, 1 the reverse of the forward SDE; a number or a function of the log-SNR, taken at
@@ -48,7 +47,6 @@ class EulerMaruyama(Solver):
     level: float | Callable[[float], float] = 1.0
     order = 1
     stages = 1
-    needs = "any"
 
     def __post_init__(self) -> None:
         settle(self, level=self.level if callable(self.level) else level_at("level", self.level))
@@ -72,10 +70,9 @@ class EulerMaruyama(Solver):
         prediction = predict(denoise, plan.process, state.x, start)
         if now.end is not None:
             scale, weight = now.end
-            return State(tree_map(lambda x, x0: x * scale + x0 * weight, state.x, prediction.x0))
-        move = tree_map(lambda u: u * now.rate, plan.process.rate(state.x, start.t, prediction))
+            return State(combine(state.x, scale, (weight,), (prediction.x0,)))
+        terms, weights = [prediction.velocity], [now.rate]
         if now.noise:
-            score = prediction.score  # shaped like a tangent, as noise is
-            z = noise.draw(k, "step", score, start.t, end.t)
-            move = tree_map(lambda m, s, z: m + s * now.score + z * now.noise, move, score, z)
-        return State(plan.process.retract(state.x, move))
+            terms += [prediction.score, noise.draw(k, "step", state.x, start.t, end.t)]
+            weights += [now.score, now.noise]
+        return State(combine(state.x, 1.0, weights, terms))

@@ -109,7 +109,7 @@ class Resample(Solver):
         if now.k == 0:
             x = state.x
             if now.below is not None:
-                z = noise.draw(0, "renoise", x)
+                z = noise.draw(0, "renoise", plan.process.tangent_like(x))
                 x = plan.process.renoise(x, now.below.t, plan.points[k].t, z, noise.mask, noise.fixed)
             state = self.solver.init(x, now.inner)
         return self.solver.step(state, now.k, now.inner, denoise, noise)

@@ -17,7 +17,7 @@ from polydiff.core.processes.igso3 import igso3_cdf
 from polydiff.core.rotation_schedules import LogLinear, Quadratic
 from polydiff.core.sampling import count, encode, sample
 from polydiff.core.schedules import EDM, VE, as_time
-from polydiff.core.solvers import NAMES, Geodesic, Multistep
+from polydiff.core.solvers import NAMES, Geodesic, Multistep, Resample
 from tests.numerics.exact import Gaussian, Mixture, as_field, slope
 from tests.numerics.exact_rotations import F64, Heat, Points, kolmogorov, normal, rotation
 
@@ -221,3 +221,15 @@ def test_bad_arguments_are_refused():
         sample(lambda x_t, t: Prediction(data.process, x_t, t, score=x_t), data.process, x, "geodesic", 3)
     with pytest.raises(DivergenceError, match="at step 1 of 3"):
         sample(lambda x_t, t: x_t * math.nan, data.process, x, "geodesic", 3)
+
+
+def test_restarts_keep_the_distribution():
+    """Brownian motion up and the reverse walk down again: with ever more passes the angles stay those of the data."""
+    data, n = heat(), 1500
+    grid = make_grid("log_snr", 40, data.process, 0.6, final=False)
+    x = data.draw(0.6, n)
+    solver = Resample(Geodesic(2), repeats=3, jump=12, low=0.1, high=0.4)
+    out = sample(data, data.process, x, solver, grid=grid, generator=4)
+    assert kolmogorov(igso3_cdf(rotations.angle(out), data.spread(0.0))) < 0.042
+    once = sample(data, data.process, x, Geodesic(2), grid=grid)
+    assert float(angle_between(out, once).median()) > 0.2

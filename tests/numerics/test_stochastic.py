@@ -13,9 +13,10 @@ from polydiff.core.errors import ConfigError
 from polydiff.core.grids import Grid, make_grid
 from polydiff.core.noise import Noise
 from polydiff.core.processes import gaussian
+from polydiff.core.processes.base import Process
 from polydiff.core.sampling import sample
 from polydiff.core.schedules import EDM, SCHEDULES, as_time
-from polydiff.core.solvers import EulerMaruyama, PredictorCorrector, Resample
+from polydiff.core.solvers import EulerMaruyama, Geodesic, PredictorCorrector, Resample
 from polydiff.core.solvers.multistep import Multistep
 from tests.numerics.affine import moments, start
 from tests.numerics.exact import Gaussian, Mixture, as_field
@@ -129,15 +130,11 @@ def test_infinite_diffusion_is_stepped_over_in_x0_hat(schedule, level):
     torch.testing.assert_close(final, data.x0_hat(x, as_time(0.3)), rtol=1e-12, atol=1e-12)
 
 
-class Circle:
+class Circle(Process):
     """Diffusion of an angle, of data at angle 1: the marginal at t is the wrapped normal of deviation sigma(t)."""
 
     kind = "circle"
     schedule = EDM(sigma_max=3.0)
-    t_min, t_max = schedule.t_min, 1.0
-
-    def rate(self, x_t, t, prediction):
-        return -0.5 * self.schedule.g2(t) * prediction.score
 
     def retract(self, x, u):
         return torch.remainder(x + u, 2 * math.pi)
@@ -153,7 +150,7 @@ class Circle:
 
 @pytest.mark.parametrize("level", [0.0, 1.0, 1.5])
 def test_it_follows_a_process_that_is_not_gaussian(level):
-    """Through rate and retract alone: cos and sin of the angle have the moments exp(-sigma^2 / 2) and 0."""
+    """Through the score and retract alone: cos and sin of the angle have the moments exp(-sigma^2 / 2) and 0."""
     process = Circle()
     x = torch.remainder(
         1 + 3.0 * torch.randn(1, 4000, generator=torch.Generator().manual_seed(0), dtype=F64), 2 * math.pi
@@ -163,14 +160,14 @@ def test_it_follows_a_process_that_is_not_gaussian(level):
         process.denoise,
         process,
         x,
-        EulerMaruyama(level),
+        Geodesic(1, level),
         grid=make_grid("log_snr", 150, process, 1.0, end, False),
         generator=2,
     )
     assert bool((out >= 0).all() and (out < 2 * math.pi).all())
     assert float(torch.cos(out - 1).mean()) == pytest.approx(math.exp(-0.5 * 0.7**2), abs=0.015)
     assert abs(float(torch.sin(out - 1).mean())) < 4.2 * 0.6 / math.sqrt(4000)
-    for solver in (PredictorCorrector(EulerMaruyama(), snr=0.1), Multistep(1), Resample(Multistep(1))):
+    for solver in (EulerMaruyama(), PredictorCorrector(EulerMaruyama(), snr=0.1), Multistep(1), Resample(Multistep(1))):
         with pytest.raises(ConfigError, match="Gaussian"):
             solver.plan(process, make_grid("log_snr", 5, process))
 
