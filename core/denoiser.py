@@ -21,11 +21,10 @@ from torch import Tensor, nn
 
 from polydiff.core.errors import ConfigError, unknown
 from polydiff.core.schedules import Schedule, as_time
-from polydiff.core.tree import expand, tree_map
+from polydiff.core.tree import expand, leaves, tree_map
 
 if TYPE_CHECKING:
     from polydiff.core.adapter import Condition
-    from polydiff.core.processes.gaussian import GaussianProcess
 
 FIELDS = ("x0", "eps", "score", "v", "velocity")
 Pair = tuple[Tensor, Tensor]
@@ -236,7 +235,9 @@ class Denoiser(nn.Module):
     Args:
         network: ``(x_t, c_noise, mask, cond, present) -> tensor like x_t``, or twice as long along one axis (its channels):
             then the second half is a head for the reverse variance, (1 + head)/2 its fraction (Nichol 2021, eq. 15).
-        process: the Gaussian process it denoises.
+            Of rotations it returns either x0_hat itself or the tangent at x_t that leads there, (b, n, 3); of a product
+            x_t, c_noise and what it returns are dictionaries by leaf.
+        process: the process it denoises.
         precondition: one of ``PRECONDITIONS``.
         sigma_data: standard deviation of the normalised data.
         conditions: the declared conditions by name; each that is not given is passed as zeros with ``present`` false,
@@ -246,7 +247,7 @@ class Denoiser(nn.Module):
     def __init__(
         self,
         network: nn.Module,
-        process: GaussianProcess,
+        process: Any,
         precondition: str = "edm",
         sigma_data: float = 1.0,
         conditions: Mapping[str, Condition] | None = None,
@@ -254,6 +255,8 @@ class Denoiser(nn.Module):
         super().__init__()
         if precondition not in PRECONDITIONS:
             raise unknown("precondition", precondition, PRECONDITIONS)
+        if process.kind != "gaussian" and precondition != "edm":
+            raise ConfigError(f"precondition = {precondition!r} is for Gaussian processes alone; here it must be 'edm'")
         if not sigma_data > 0:
             raise ConfigError(f"sigma_data = {sigma_data} must be positive: the data set seems to be constant")
         self.network, self.process, self.precondition = network, process, precondition
@@ -273,17 +276,44 @@ class Denoiser(nn.Module):
             ConfigError: a condition that was not declared, or an output of the network that fits no state.
         """
         t = as_time(t)
-        c_skip, c_out, c_in, c_noise = self._coefficients(t, x_t)
         cond, present = self._complete(cond, present, x_t)
+        if self.process.kind != "gaussian":
+            return self._by_leaf(x_t, t, mask, cond, present)
+        c_skip, c_out, c_in, c_noise = self._coefficients(self.process, t, x_t)
         output, fraction = _heads(self.network(c_in * x_t, c_noise, mask, cond, present).to(x_t.dtype), x_t)
         output = c_out * self.process.project(output, mask, cond.get("fixed"))
         if self.precondition == "edm":
             return Prediction(self.process, x_t, t, fraction=fraction, x0=c_skip * x_t + output)
         return Prediction(self.process, x_t, t, fraction=fraction, **{self.precondition: output})
 
-    def _coefficients(self, t: Tensor, x_t: Tensor) -> tuple[Any, Any, Any, Tensor]:
+    def _by_leaf(self, x_t: Any, t: Tensor, mask: Tensor | None, cond: Any, present: Any) -> Prediction:
+        """What the network is told of each leaf, and the x0_hat of each that follows from its output."""
+        process, product, fixed = self.process, self.process.kind == "product", cond.get("fixed")
+        own = (
+            {name: (process.processes[name], process.time(name, t)) for name in x_t} if product else {"": (process, t)}
+        )
+        states, given, level, x0 = x_t if product else {"": x_t}, {}, {}, {}
+        factors: dict[str, tuple[Any, Any]] = {}
+        for name, (leaf, at) in own.items():
+            x = given[name] = states[name]
+            if leaf.kind == "gaussian":
+                skip, out, into, level[name] = self._coefficients(leaf, at, x)
+                given[name], factors[name] = into * x, (skip, out)
+            else:
+                level[name] = leaf.level(at).to(device=x.device, dtype=torch.float32).expand(len(x))
+        output = self.network(*((given, level) if product else (x_t, level[""])), mask, cond, present)
+        for name, (leaf, _) in own.items():
+            x, said = states[name], output[name] if product else output
+            if name in factors:
+                skip, out = factors[name]
+                x0[name] = skip * x + out * leaf.project(_heads(said.to(x.dtype), x)[0], mask, fixed)
+            else:
+                x0[name] = leaf.reach(x, said.to(x.dtype), mask, fixed)
+        return Prediction(process, x_t, t, x0=x0 if product else x0[""])
+
+    def _coefficients(self, process: Any, t: Tensor, x_t: Tensor) -> tuple[Any, Any, Any, Tensor]:
         """c_skip, c_out and c_in as factors of x_t, and c_noise (b,)."""
-        b, schedule, own = x_t.shape[0], self.process.schedule, (self.precondition, self.sigma_data)
+        b, schedule, own = x_t.shape[0], process.schedule, (self.precondition, self.sigma_data)
         if t.ndim == 0:  # a solver's time, on the host: as plain numbers none of them is transferred
             skip, out, into, level = at_number(preconditioning, schedule, t.item(), *own)
             return skip, out, into, torch.full((b,), level, dtype=torch.float32, device=x_t.device)
@@ -291,9 +321,9 @@ class Denoiser(nn.Module):
         c_noise = c_noise.to(device=x_t.device, dtype=torch.float32).expand(b)
         return expand(c_skip, x_t), expand(c_out, x_t), expand(c_in, x_t), c_noise
 
-    def _complete(self, cond: Named, present: Named, x_t: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _complete(self, cond: Named, present: Named, state: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Every declared condition, zeros where it is not given, and which items use it."""
-        cond, present = cond or {}, present or {}
+        cond, present, x_t = cond or {}, present or {}, leaves(state)[0]
         for name in cond:
             if name not in self.conditions:
                 raise unknown("condition", name, self.conditions)
@@ -305,8 +335,9 @@ class Denoiser(nn.Module):
                 there[name] = present[name]
             shape, dtype = condition.shape_in(x_t.shape[1:]), condition.dtype
             if name == "x0_hat":
-                shape, dtype = tuple(x_t.shape[1:]), x_t.dtype
-            elif name == "fixed":
+                full[name] = cond[name] if name in cond else tree_map(torch.zeros_like, state)
+                continue
+            if name == "fixed":
                 shape, dtype = (x_t.shape[self.process.mask_axis],), torch.bool
             full[name] = cond[name] if name in cond else torch.zeros((b, *shape), dtype=dtype, device=device)
         return full, there
@@ -329,7 +360,7 @@ class Denoiser(nn.Module):
             alone = t.ndim or now is None
             prediction = self(x_t, t, mask, given if alone else {**given, **memory})
             if "x0_hat" in self.conditions and not alone:
-                memory["x0_hat"] = prediction.x0.detach()
+                memory["x0_hat"] = prediction.detach().x0
             return prediction
 
         return denoise

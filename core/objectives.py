@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from polydiff.core.checks import number
-from polydiff.core.denoiser import FIELDS, coefficients, parts, preconditioning
+from polydiff.core.denoiser import FIELDS, Prediction, coefficients, parts, preconditioning
 from polydiff.core.errors import ConfigError, unknown
 from polydiff.core.schedules import Schedule, as_time
-from polydiff.core.tree import expand
+from polydiff.core.tree import batch_size, expand, leaves, tree_map
 from polydiff.core.variational import VariationalBound
 
 if TYPE_CHECKING:
@@ -166,39 +166,58 @@ class Objective:
             generator: source of times, noise and dropped conditions, on the batch's device.
 
         Returns:
-            ``loss`` (b,) with all terms added, ``t`` (b,), and each further term (b,) by name, unweighted.
+            ``loss`` (b,) with all terms added, ``t`` (b,), of a product the error (b,) of each leaf, whose sum the loss is,
+            and each further term (b,) by name, unweighted.
         """
         x0: Any = item.x
-        mask, cond, b = item.mask, dict(item.cond), len(item.x)
+        mask, cond, b, device = item.mask, dict(item.cond), batch_size(item.x), leaves(item.x)[0].device
         fixed, t = cond.get("fixed"), self.times(b, generator)
-        z = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
-        z = self.process.project(z, mask, fixed)
+        z = self.process.project(self._noise(x0, generator), mask, fixed)
         x_t = self.process.perturb(x0, t, z, mask, fixed)
         present = {}
         for name in cond:
             if name not in RESERVED:
                 rate = self.drop.get(name, 0.0) if isinstance(self.drop, Mapping) else self.drop
-                present[name] = torch.rand(b, generator=generator, device=x0.device) >= rate
+                present[name] = torch.rand(b, generator=generator, device=device) >= rate
         if "x0_hat" in getattr(denoiser, "conditions", ()):
             with torch.no_grad():
                 cond["x0_hat"] = denoiser(x_t, t, mask, cond, present).x0
-            present["x0_hat"] = torch.rand(b, generator=generator, device=x0.device) < 0.5
+            present["x0_hat"] = torch.rand(b, generator=generator, device=device) < 0.5
         prediction = denoiser(x_t, t, mask, cond, present)
-        schedule, given = self.process.schedule, prediction.given
-        slope = coefficients(schedule, t, given, "x0")[1]
-        scale = (self.weight(t) * slope**2).to(device=x0.device, dtype=x0.dtype)
-        of_x0, of_eps = (expand(part, x0) for part in parts(schedule, t, given))
-        error = self.process.mean((prediction.value - (of_x0 * x0 + of_eps * z)) ** 2, mask, fixed)
-        out = {"loss": scale * error, "t": t}
+        if self.process.kind == "product":
+            out = {name: self._error(prediction[name], x0[name], z[name], mask, fixed) for name in x0}
+            out = {"loss": torch.stack([*out.values()]).sum(0), "t": t, **out}
+        else:
+            out = {"loss": self._error(prediction, x0, z, mask, fixed), "t": t}
         for name, (function, factor) in self.terms.items():
             out[name] = function(prediction, x0, t, mask, cond)
             out["loss"] = out["loss"] + factor * out[name]
         return out
 
+    def _error(
+        self, prediction: Prediction, x0: Tensor, z: Tensor, mask: Tensor | None, fixed: Tensor | None
+    ) -> Tensor:
+        """Weighted error (b,) of a state or leaf."""
+        process, given, t = prediction.process, prediction.given, prediction.t
+        if process.kind != "gaussian":
+            return process.error(prediction, x0, mask, fixed)
+        slope = coefficients(process.schedule, t, given, "x0")[1]
+        weight = self._weight(process.schedule, t, self.sigma_data)
+        scale = (weight * slope**2).to(device=x0.device, dtype=x0.dtype)
+        of_x0, of_eps = (expand(part, x0) for part in parts(process.schedule, t, given))
+        return scale * process.mean((prediction.value - (of_x0 * x0 + of_eps * z)) ** 2, mask, fixed)
+
+    def _noise(self, x0: Any, generator: torch.Generator) -> Any:
+        def draw(like: Tensor) -> Tensor:
+            return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+
+        return tree_map(draw, self.process.tangent_like(x0))
+
     def at(self, denoiser: nn.Module, item: Item, t: Tensor | float, generator: torch.Generator) -> Tensor:
         """Mean squared error (b,) of x0_hat at one time, conditions present: the held-out loss per noise level."""
         x0: Any = item.x
-        mask, fixed = item.mask, item.cond.get("fixed")
-        z = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
-        x_t = self.process.perturb(x0, t := as_time(t), z, mask, fixed)
-        return self.process.mean((denoiser(x_t, t, mask, item.cond).x0 - x0) ** 2, mask, fixed)
+        mask, fixed, t = item.mask, item.cond.get("fixed"), as_time(t)
+        x_t = self.process.perturb(x0, t, self._noise(x0, generator), mask, fixed)
+        error = self.process.tangent(x0, denoiser(x_t, t, mask, item.cond).x0)
+        found = self.process.mean(tree_map(torch.square, error), mask, fixed)
+        return torch.stack([*found.values()]).sum(0) if isinstance(found, dict) else found

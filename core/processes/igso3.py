@@ -19,11 +19,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from polydiff.core.errors import ScheduleError
 
+_LEGENDRE = np.polynomial.legendre.leggauss(64)
 _ORDERS, _MOMENTS = 8, 10  # l, and powers of sigma^2/8, that leave 1e-16 at sigma = 1
 
 
@@ -66,6 +68,16 @@ def igso3_tangent_score(omega: Tensor, sigma: Tensor | float) -> Tensor:
     """
     length = torch.linalg.vector_norm(omega.double(), dim=-1).clamp_min(1e-30)
     return ((igso3_score(length, sigma) / length).unsqueeze(-1) * omega).to(omega.dtype)
+
+
+def igso3_score_square(sigma: Tensor | float) -> Tensor:
+    """Mean squared norm of the score under IGSO(3) itself, 3/sigma^2 while sigma is small: Gauss-Legendre over the angle."""
+    sigma = _checked(0.0, sigma)[1].unsqueeze(-1)
+    nodes, weights = (torch.from_numpy(part).to(sigma.device) for part in _LEGENDRE)
+    half = 0.5 * (10 * sigma).clamp_max(math.pi)
+    angle = half * (1 + nodes)
+    density = torch.exp(_log_density(angle, sigma)) * torch.sin(0.5 * angle) ** 2 * (2 / math.pi)
+    return (half * weights * density * igso3_score(angle, sigma) ** 2).sum(-1)
 
 
 def igso3_cdf(angle: Tensor | float, sigma: Tensor | float) -> Tensor:

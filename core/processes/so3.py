@@ -6,6 +6,7 @@ radians. The displacement :math:`\omega = \mathrm{Log}(\hat R_0^T R_t)` takes th
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -15,16 +16,24 @@ from torch import Tensor
 
 from polydiff.core import rotations
 from polydiff.core.checks import shown
+from polydiff.core.denoiser import Prediction
 from polydiff.core.errors import ConfigError, ScheduleError
 from polydiff.core.noise import Noise
 from polydiff.core.processes.base import Process
-from polydiff.core.processes.igso3 import igso3_log_density, igso3_score, igso3_tangent, igso3_tangent_score
+from polydiff.core.processes.igso3 import (
+    igso3_log_density,
+    igso3_score,
+    igso3_score_square,
+    igso3_tangent,
+    igso3_tangent_score,
+)
 from polydiff.core.rotation_schedules import Exponential
 from polydiff.core.schedules import Schedule, as_time
 from polydiff.core.tree import expand
 
 __all__ = ["SO3Flow", "SO3Process", "igso3_log_density", "igso3_score"]
 
+_UNIFORM_SQUARE = math.pi**2 / 3 + 2  # mean squared angle of uniform rotations
 _UNIFORM = 20.0  # IGSO(3) of this sigma is uniform to exp(-400)
 
 
@@ -84,6 +93,22 @@ class RotationProcess(Process, ABC):
             name = wanted if given in self.fields else given
             raise ConfigError(f"{type(self).__name__} has no {name}: its fields are {', '.join(self.fields)}")
         return self._convert(prediction.x_t, as_time(prediction.t), given, prediction.value, wanted)
+
+    def reach(self, x_t: Tensor, output: Tensor, mask: Tensor | None = None, fixed: Tensor | None = None) -> Tensor:
+        """x0_hat of a network's output: that itself, (b, n, 3, 3), or the tangent at x_t that leads there, (b, n, 3)."""
+        if output.shape not in (x_t.shape, x_t.shape[:-1]):
+            shape, valid = tuple(output.shape), f"{tuple(x_t.shape)} or {tuple(x_t.shape[:-1])}"
+            raise ConfigError(f"the network made {shape} of rotations {tuple(x_t.shape)}: {valid} is needed")
+        u = output if output.ndim < 4 else self.tangent(x_t, output)
+        return self.retract(x_t, self.project(u, mask, fixed))
+
+    @abstractmethod
+    def level(self, t: Tensor) -> Tensor:
+        """What a network is told of the time, c_noise."""
+
+    @abstractmethod
+    def error(self, prediction: Any, x0: Tensor, mask: Tensor | None = None, fixed: Tensor | None = None) -> Tensor:
+        """Loss (b,) of a prediction, about 1 at every t where x0_hat = x_t says nothing."""
 
     def _move(self, x: Tensor, u: Tensor, fixed: Tensor | None) -> Tensor:
         moved, held = self.retract(x, u), self.valid(x, fixed)
@@ -145,6 +170,20 @@ class SO3Process(RotationProcess):
         deviation = ((high - low) * (high + low)).sqrt().clamp_min(1e-30)  # where t = s in a batch
         return self._move(x_s, igso3_tangent(z, _by_item(deviation, z)), fixed)
 
+    def level(self, t: Tensor) -> Tensor:
+        """ln(sigma)/4."""
+        return 0.25 * torch.log(self.schedule.sigma(t))
+
+    def error(self, prediction: Any, x0: Tensor, mask: Tensor | None = None, fixed: Tensor | None = None) -> Tensor:
+        r"""Denoising score matching :math:`|\hat s - s|^2 / \mathrm{E}|s|^2`, the mean (b,) over elements.
+
+        Source: Yim 2023, section 4.2, whose weight is found here by quadrature at every sigma.
+        """
+        t = as_time(prediction.t)
+        target = Prediction(self, prediction.x_t, t, x0=x0).score
+        square = 3 / igso3_score_square(self.schedule.sigma(t))
+        return expand(square, x0[:, 0, 0, 0]) * self.mean((prediction.score - target) ** 2, mask, fixed)
+
     def _noise(self, z: Tensor, t: Tensor) -> Tensor:
         return igso3_tangent(z, _by_item(self.schedule.sigma(t), z))
 
@@ -198,6 +237,20 @@ class SO3Flow(RotationProcess):
             raise ConfigError(f"a geodesic flow has no score and takes no noise: level = {level:g} must be 0")
         span = end.sigma - start.sigma
         return "flow", span, 0.0, 0.5 * span, 0.5 * span
+
+    def level(self, t: Tensor) -> Tensor:
+        """t."""
+        return as_time(t)
+
+    def error(self, prediction: Any, x0: Tensor, mask: Tensor | None = None, fixed: Tensor | None = None) -> Tensor:
+        r"""Flow matching: :math:`|\mathrm{flow}_{\hat R_0} - \mathrm{flow}_{R_0}|^2` over its mean square, the mean (b,).
+
+        Below sigma = 0.1 the weight stays that of 0.1, as published. Source: Yim 2023 (FrameFlow), its losses.
+        """
+        t = as_time(prediction.t)
+        target = Prediction(self, prediction.x_t, t, x0=x0).field("flow")
+        weight = 3 / _UNIFORM_SQUARE * (self.schedule.sigma(t) / 0.1).clamp_max(1) ** 2
+        return expand(weight, x0[:, 0, 0, 0]) * self.mean((prediction.field("flow") - target) ** 2, mask, fixed)
 
     def _noise(self, z: Tensor, t: Tensor) -> Tensor:
         return expand(self.schedule.sigma(t), z) * igso3_tangent(z, _UNIFORM)
