@@ -11,14 +11,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from polydiff.core.checks import check_bool, check_output, check_real, number, shown
+from polydiff.core.checks import check_bool, check_output, check_process, check_real, number, shown
 from polydiff.core.checks import interval as window
 from polydiff.core.denoiser import Denoise, Prediction, as_prediction, coefficients
 from polydiff.core.errors import ConfigError, ScheduleError
 from polydiff.core.grids import Grid, as_grid
 from polydiff.core.schedules import as_time
 from polydiff.core.solvers.base import ALPHA_FLOOR
-from polydiff.core.tree import expand
+from polydiff.core.tree import expand, tree_map
 
 
 class Guide(Protocol):
@@ -58,10 +58,13 @@ def join(parts: Sequence[Any], kind: str) -> Any:
     return first
 
 
-def predicted(output: Prediction | Tensor, guide: str, signal: bool = False) -> Prediction:
-    """A Denoise's output for a guide that has to know the process; with ``signal`` also that the state holds data."""
+def predicted(
+    output: Prediction | Tensor, guide: str, signal: bool = False, kinds: tuple[str, ...] = ("gaussian",)
+) -> Prediction:
+    """A Denoise's output for a guide that has to know the process, of these kinds; with ``signal`` also that the state holds data."""
     if not isinstance(output, Prediction):
         raise ConfigError(f"{guide} needs a Denoise that returns a Prediction, not a bare state")
+    check_process(output.process, guide, gaussian=output.process.kind not in kinds)
     if signal and bool(((alpha := output.process.schedule.alpha(output.t)) < ALPHA_FLOOR).any()):
         least = float(alpha.min())
         raise ScheduleError(f"{guide} cannot act where alpha is {least:.1g}: start the grid at a smaller t")
@@ -75,7 +78,7 @@ def cfg(
 
     .. math:: \hat x_0 = \hat x_0^u + w\,(\hat x_0^c - \hat x_0^u)
 
-    The same holds in every other field. Where the scale is 1 for all items only ``conditional`` is called, where it is 0
+    The same holds in every other field; rotations are guided by their velocity. Where the scale is 1 for all items only ``conditional`` is called, where it is 0
     without an interval only ``unconditional``. The fraction of a second head is that of ``conditional``.
 
     Args:
@@ -94,7 +97,7 @@ def cfg(
     low, high = window("guidance interval", interval)
 
     def weight(output: Prediction | Tensor) -> Tensor:
-        prediction = predicted(output, "guidance on an interval")
+        prediction = predicted(output, "guidance on an interval", kinds=("gaussian", "so3", "product"))
         log_snr = prediction.process.schedule.log_snr(prediction.t)
         return 1 + (scale - 1) * ((log_snr >= low) & (log_snr <= high)).double()
 
@@ -152,7 +155,7 @@ def cfg_pp(
 
 
 def _extrapolate(conditional: Denoise, unconditional: Denoise, weight: Callable[[Any], float | Tensor]) -> Denoise:
-    """u + w (c - u) in the field that ``conditional`` gives; w is a number or one for each item."""
+    """u + w (c - u) in the field that ``conditional`` gives, on SO(3) a tangent; w is a number or one for each item."""
 
     def denoise(x_t: Tensor, t: Tensor) -> Prediction | Tensor:
         with_condition = conditional(x_t, t)
@@ -162,12 +165,17 @@ def _extrapolate(conditional: Denoise, unconditional: Denoise, weight: Callable[
         without = unconditional(x_t, t)
         for output, which in ((with_condition, "with"), (without, "without")):  # their sum would broadcast
             check_output(output, x_t, f"{which} its condition, at t = {shown(t)}", numbers=False)
-        w = expand(w, x_t) if isinstance(w, Tensor) else w
+
+        def between(u: Tensor, c: Tensor) -> Tensor:
+            return u + (expand(w, u) if isinstance(w, Tensor) else w) * (c - u)
+
         if not isinstance(with_condition, Prediction):  # a bare state is x0_hat
-            base = without.x0 if isinstance(without, Prediction) else without
-            return base + w * (with_condition - base)
-        base = as_prediction(with_condition.process, x_t, t, without).field(with_condition.given)
-        return with_condition.replace(base + w * (with_condition.value - base))
+            return tree_map(between, without.x0 if isinstance(without, Prediction) else without, with_condition)
+        process, field = with_condition.process, with_condition.given
+        if process.kind != "gaussian" and field == "x0":
+            field = "velocity"  # rotations have no sums, tangents at one of them have
+        base = as_prediction(process, x_t, t, without).field(field)
+        return with_condition.replace(tree_map(between, base, with_condition.field(field)), field)
 
     return denoise
 
@@ -255,8 +263,9 @@ class Replacement(Guide):
         """The guided Denoise."""
 
         def guided(x_t: Tensor, t: Tensor) -> Prediction:
-            prediction = predicted(denoise(x_t, t), "replacement")
-            predicted(prediction, "replacement", signal=prediction.given in ("eps", "score"))
+            prediction = predicted(denoise(x_t, t), "replacement", kinds=("gaussian", "so3"))
+            signal = prediction.given in ("eps", "score")
+            predicted(prediction, "replacement", signal, kinds=("gaussian", "so3"))
             if getattr(prediction.process, "mean_free", False):
                 raise ConfigError("replacement needs elements that keep their place, which a mean-free process moves")
             if self.known.shape not in (x_t.shape, x_t.shape[1:]):

@@ -224,7 +224,7 @@ def test_symmetry(case: Case, network: str, symmetry: str) -> None:
 
 
 def _valid(built: Any, x: Any, mask: Tensor | None) -> Any:
-    return x if mask is None else tree_map(lambda leaf: leaf * built.process.valid(leaf, mask), x)
+    return x if mask is None else tree_map(torch.mul, x, built.process.valid(x, mask))
 
 
 def kinds(built: Built, kind: str) -> list[str]:

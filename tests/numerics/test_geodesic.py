@@ -11,8 +11,9 @@ from polydiff.core import rotations
 from polydiff.core.denoiser import Prediction
 from polydiff.core.errors import ConfigError, DivergenceError, ScheduleError
 from polydiff.core.grids import Grid, make_grid
+from polydiff.core.guidance import Replacement, cfg, cfg_pp, classifier_guidance
 from polydiff.core.noise import Noise
-from polydiff.core.processes import SO3Flow, SO3Process, gaussian
+from polydiff.core.processes import ProductProcess, SO3Flow, SO3Process, gaussian
 from polydiff.core.processes.igso3 import igso3_cdf
 from polydiff.core.rotation_schedules import LogLinear, Quadratic
 from polydiff.core.sampling import count, encode, sample
@@ -234,3 +235,42 @@ def test_restarts_keep_the_distribution():
     assert kolmogorov(igso3_cdf(rotations.angle(out), data.spread(0.0))) < 0.042
     once = sample(data, data.process, x, Geodesic(2), grid=grid)
     assert float(angle_between(out, once).median()) > 0.2
+
+
+@pytest.mark.parametrize("given", ["score", "x0", "velocity"])
+def test_guidance_extrapolates_tangents(given):
+    """Of two points: scores of products of densities add; an item's own weight; 0 and 1 are the two themselves."""
+    process, x, t = heat().process, rotation(2, 3), as_time(0.5)
+    point = lambda r: lambda x_t, t: Prediction(process, x_t, t, x0=r)
+    first, second = point(rotation(2, 3, seed=4)), point(rotation(2, 3, seed=5))
+    as_given = lambda f: lambda x_t, t: f(x_t, t).replace(f(x_t, t).field(given), given)
+    a, b = first(x, t).score, second(x, t).score
+    for scale in (0.0, 0.4, 1.0, 3.0):
+        guided = cfg(as_given(first), as_given(second), scale)(x, t)
+        torch.testing.assert_close(guided.score, b + scale * (a - b), rtol=1e-9, atol=1e-12)
+    inside = cfg(first, second, 3.0, (-9.0, 9.0))(x, t)
+    torch.testing.assert_close(inside.score, b + 3 * (a - b))
+    assert torch.equal(cfg(first, second, 3.0, (5.0, 9.0))(x, t).x0, first(x, t).x0)
+    product = ProductProcess({"one": process, "two": gaussian("edm")}, "one")
+    state = {"one": x, "two": normal(2, 3)}
+    both = lambda f, shift: (
+        lambda x_t, t: Prediction(product, x_t, t, x0={"one": f(x_t["one"], t).x0, "two": 0.5 * x_t["two"] + shift})
+    )
+    guided = cfg(both(first, 0.0), both(second, 1.0), 3.0)(state, t)
+    torch.testing.assert_close(guided.score["one"], b + 3 * (a - b))
+    torch.testing.assert_close(guided.x0["two"], 0.5 * state["two"] - 2)
+
+
+def test_known_rotations_replace_and_other_guides_are_refused():
+    data, known = heat(), rotation(3)
+    where = torch.tensor([True, False, True])[:, None, None]
+    x = data.process.prior(torch.empty(2, 3, 3, 3, dtype=F64), Noise(0, [0, 1]))
+    out = sample(Replacement(known, where)(data), data.process, x, "geodesic-sde", 10, "log_snr", generator=0)
+    assert torch.equal(out[:, [0, 2]], known[[0, 2]].expand(2, 2, 3, 3))
+    rotations.check_rotations(out)
+    for guided in (
+        classifier_guidance(data, lambda x_t, t: x_t.sum((1, 2, 3))),
+        cfg_pp(data, data, 0.5, [1.0, 0.5]),
+    ):
+        with pytest.raises(ConfigError, match="needs a Gaussian process, not SO3Process"):
+            guided(x, as_time(1.0))
