@@ -235,8 +235,8 @@ class Denoiser(nn.Module):
     Args:
         network: ``(x_t, c_noise, mask, cond, present) -> tensor like x_t``, or twice as long along one axis (its channels):
             then the second half is a head for the reverse variance, (1 + head)/2 its fraction (Nichol 2021, eq. 15).
-            Of rotations it returns either x0_hat itself or the tangent at x_t that leads there, (b, n, 3); of a product
-            x_t, c_noise and what it returns are dictionaries by leaf.
+            Of rotations it returns either x0_hat itself or the tangent at x_t that leads there, (b, n, 3), in units of
+            ``process.spread(t)``; of a product x_t, c_noise and what it returns are dictionaries by leaf.
         process: the process it denoises.
         precondition: one of ``PRECONDITIONS``.
         sigma_data: standard deviation of the normalised data.
@@ -302,13 +302,13 @@ class Denoiser(nn.Module):
             else:
                 level[name] = leaf.level(at).to(device=x.device, dtype=torch.float32).expand(len(x))
         output = self.network(*((given, level) if product else (x_t, level[""])), mask, cond, present)
-        for name, (leaf, _) in own.items():
+        for name, (leaf, at) in own.items():
             x, said = states[name], output[name] if product else output
             if name in factors:
                 skip, out = factors[name]
                 x0[name] = skip * x + out * leaf.project(_heads(said.to(x.dtype), x)[0], mask, fixed)
             else:
-                x0[name] = leaf.reach(x, said.to(x.dtype), mask, fixed)
+                x0[name] = leaf.reach(x, at, said.to(x.dtype), mask, fixed)
         return Prediction(process, x_t, t, x0=x0 if product else x0[""])
 
     def _coefficients(self, process: Any, t: Tensor, x_t: Tensor) -> tuple[Any, Any, Any, Tensor]:

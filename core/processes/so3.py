@@ -94,13 +94,19 @@ class RotationProcess(Process, ABC):
             raise ConfigError(f"{type(self).__name__} has no {name}: its fields are {', '.join(self.fields)}")
         return self._convert(prediction.x_t, as_time(prediction.t), given, prediction.value, wanted)
 
-    def reach(self, x_t: Tensor, output: Tensor, mask: Tensor | None = None, fixed: Tensor | None = None) -> Tensor:
-        """x0_hat of a network's output: that itself, (b, n, 3, 3), or the tangent at x_t that leads there, (b, n, 3)."""
+    def reach(
+        self, x_t: Tensor, t: Tensor, output: Tensor, mask: Tensor | None = None, fixed: Tensor | None = None
+    ) -> Tensor:
+        """x0_hat of a network's output: that itself, (b, n, 3, 3), or ``spread(t)`` times it is the tangent there, (b, n, 3)."""
         if output.shape not in (x_t.shape, x_t.shape[:-1]):
             shape, valid = tuple(output.shape), f"{tuple(x_t.shape)} or {tuple(x_t.shape[:-1])}"
             raise ConfigError(f"the network made {shape} of rotations {tuple(x_t.shape)}: {valid} is needed")
-        u = output if output.ndim < 4 else self.tangent(x_t, output)
+        u = expand(self.spread(t), output) * output if output.ndim < 4 else self.tangent(x_t, output)
         return self.retract(x_t, self.project(u, mask, fixed))
+
+    @abstractmethod
+    def spread(self, t: Tensor) -> Tensor:
+        """About the root mean square per axis of the tangent from a state at t to its x0, of unknown data."""
 
     @abstractmethod
     def level(self, t: Tensor) -> Tensor:
@@ -142,7 +148,7 @@ class SO3Process(RotationProcess):
     Raises:
         ConfigError: a schedule with another alpha.
 
-    Source: Leach 2022, sections 2 and 3; Yim 2023, proposition 3.1 and appendix.
+    Source: Leach 2022 for the kernel; Yim 2023 (FrameDiff) for its score; De Bortoli 2022 for the reverse in general.
     """
 
     schedule: Schedule
@@ -170,6 +176,11 @@ class SO3Process(RotationProcess):
         deviation = ((high - low) * (high + low)).sqrt().clamp_min(1e-30)  # where t = s in a batch
         return self._move(x_s, igso3_tangent(z, _by_item(deviation, z)), fixed)
 
+    def spread(self, t: Tensor) -> Tensor:
+        """sigma while that is small, and at last that of uniform rotations."""
+        sigma = self.schedule.sigma(as_time(t))
+        return sigma / torch.sqrt(1 + 3 * sigma**2 / _UNIFORM_SQUARE)
+
     def level(self, t: Tensor) -> Tensor:
         """ln(sigma)/4."""
         return 0.25 * torch.log(self.schedule.sigma(t))
@@ -177,7 +188,7 @@ class SO3Process(RotationProcess):
     def error(self, prediction: Any, x0: Tensor, mask: Tensor | None = None, fixed: Tensor | None = None) -> Tensor:
         r"""Denoising score matching :math:`|\hat s - s|^2 / \mathrm{E}|s|^2`, the mean (b,) over elements.
 
-        Source: Yim 2023, section 4.2, whose weight is found here by quadrature at every sigma.
+        Source: Yim 2023 (FrameDiff), its score loss; the weight is found here by quadrature at every sigma.
         """
         t = as_time(prediction.t)
         target = Prediction(self, prediction.x_t, t, x0=x0).score
@@ -211,7 +222,7 @@ class SO3Flow(RotationProcess):
     Args:
         decay: 0 for the linear schedule sigma = t; the rate of an exponential one otherwise, see ``Exponential``.
 
-    Source: Chen 2024 (Riemannian flow matching), eq. 15; Yim 2023 (FrameFlow); Bose 2024, section 3.
+    Source: Chen 2024, conditional flows along geodesics; Yim 2023 (FrameFlow), on SO(3) and for the exponential schedule.
     """
 
     decay: float = 0.0
@@ -237,6 +248,10 @@ class SO3Flow(RotationProcess):
             raise ConfigError(f"a geodesic flow has no score and takes no noise: level = {level:g} must be 0")
         span = end.sigma - start.sigma
         return "flow", span, 0.0, 0.5 * span, 0.5 * span
+
+    def spread(self, t: Tensor) -> Tensor:
+        """That of uniform rotations times sigma, exactly."""
+        return self.schedule.sigma(as_time(t)) * math.sqrt(_UNIFORM_SQUARE / 3)
 
     def level(self, t: Tensor) -> Tensor:
         """t."""

@@ -99,7 +99,10 @@ def test_networks_of_rotations_return_tangents_or_rotations():
     x, t = rotation(3, 2), torch.tensor([0.1, 0.5, 0.9], dtype=F64)
     target, mask = rotation(3, 2, seed=8), torch.tensor([[True, False]] * 3)
     fixed = torch.tensor([[True, False], [False, False], [False, False]])
-    for function in (lambda x_t, c: target, lambda x_t, c: rotations.tangent(x_t, target)):
+    for function in (
+        lambda x_t, c: target,
+        lambda x_t, c: rotations.tangent(x_t, target) / PROCESS.spread(t)[:, None, None],
+    ):
         network = Tell(function)
         denoiser = Denoiser(network, PROCESS)
         prediction = denoiser(x, t, mask)
@@ -108,7 +111,7 @@ def test_networks_of_rotations_return_tangents_or_rotations():
         assert prediction.given == "x0" and network.seen[0] is x
         torch.testing.assert_close(network.seen[1], 0.25 * PROCESS.schedule.sigma(t).log().float())
         assert torch.equal(
-            PROCESS.reach(x, function(x, None), None, fixed)[0, 0], PROCESS.retract(x, 0 * x[..., 0])[0, 0]
+            PROCESS.reach(x, t, function(x, None), None, fixed)[0, 0], PROCESS.retract(x, 0 * x[..., 0])[0, 0]
         )
     out = sample(Denoiser(Tell(lambda x_t, c: target), PROCESS).bind(), PROCESS, x, "geodesic", 4)
     torch.testing.assert_close(out, target)
@@ -166,3 +169,11 @@ def test_self_conditioning_of_a_product():
     assert not bool(seen[0][1].any()) and bool(seen[1][1].all())
     torch.testing.assert_close(seen[2][0]["frame"], target["frame"])
     assert seen[0][0]["place"].shape == (2, 1, 3) and float(seen[0][0]["frame"].abs().max()) == 0
+
+
+@pytest.mark.parametrize("process", [PROCESS, SO3Flow(), SO3Flow(10.0)], ids=repr)
+@pytest.mark.parametrize("t", [0.05, 0.5, 0.95])
+def test_what_networks_of_rotations_have_to_return_has_unit_size(process, t):
+    x0 = rotation(4000, 1)
+    u = process.tangent(process.perturb(x0, t, normal(4000, 1, 3)), x0) / process.spread(as_time(t))
+    assert float(u.square().mean().sqrt()) == pytest.approx(1, abs=0.02 if isinstance(process, SO3Flow) else 0.25)
