@@ -22,6 +22,14 @@ def test_toy2d_learns_where_the_points_are(root: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_rotations_find_their_modes(root: Path, tmp_path: Path) -> None:
+    lines = run(root, "rotations.py", 300, tmp_path).splitlines()
+    (*real, _, spread), (*drawn, _, found) = ([*map(float, line.replace("spread", "0").split()[1:])] for line in lines)
+    assert max(abs(a - b) for a, b in zip(real, drawn, strict=True)) < 0.12
+    assert float(found) < 4 * float(spread)  # 1.6 for uniform rotations
+    assert [path.name for path in tmp_path.iterdir()] == ["rotations.png"]
+
+
 def test_image_writes_a_hundred_digits(root: Path, tmp_path: Path) -> None:
     paths = run(root, "image.py", 2, tmp_path).splitlines()[-100:]
     assert len({*paths}) == 100
