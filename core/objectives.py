@@ -23,7 +23,6 @@ from polydiff.core.variational import VariationalBound
 
 if TYPE_CHECKING:
     from polydiff.core.adapter import Item
-    from polydiff.core.processes.gaussian import GaussianProcess
 
 RESERVED = ("fixed", "x0_hat")  # conditions that are never dropped at random
 
@@ -91,8 +90,8 @@ class Objective:
     """Denoising score matching on batches of items.
 
     Args:
-        process: a Gaussian process.
-        weight: a name in ``WEIGHTS``.
+        process: the process; rotations have a loss of their own, ``process.error``, and a product the sum of its leaves'.
+        weight: a name in ``WEIGHTS``, for Gaussian leaves.
         time: ``{"name": a name in TIMES, **parameters}``, or just the name.
         stratified: spread the times of a batch evenly over the quantiles, which lowers the variance of the loss.
         drop: probability with which each condition is dropped per item, one number or by condition.
@@ -105,7 +104,7 @@ class Objective:
 
     def __init__(
         self,
-        process: GaussianProcess,
+        process: Any,
         weight: str = "edm",
         time: Mapping[str, Any] | str = "log_normal",
         stratified: bool = True,

@@ -15,7 +15,7 @@ from polydiff.core.schedules import VE
 
 
 class Network(torch.nn.Sequential):  # noqa: D101  from rotations and ln(sigma)/4 to tangents that lead to clean ones
-    def forward(self, x_t, c_noise, *_):  # noqa: D102
+    def forward(self, x_t, c_noise, *_):  # type: ignore[override]  # noqa: D102
         return super().forward(torch.cat([x_t.flatten(2), (c_noise[:, None, None] * 2.0 ** torch.arange(6)).sin()], -1))
 
 

@@ -101,7 +101,7 @@ def test_final_interval_returns_x0_hat_and_calls_are_as_declared(process, solver
     x = process.prior(target, Noise(0, range(4)))
     for grid in ("uniform", "log_snr", "karras"):
         denoise.calls = 0
-        seen = []
+        seen: list[tuple] = []
         out = sample(denoise, process, x, solver, 5, grid, callback=lambda *row, seen=seen: seen.append(row))
         assert torch.equal(out, target) and len(seen) == 5 and torch.equal(seen[2][3], target)
         plan = NAMES[solver].solver.plan(process, make_grid(grid, 5, process))
