@@ -17,15 +17,12 @@ from polydiff.core.errors import ConfigError, unknown
 from polydiff.core.guidance import Guide, Replacement
 from polydiff.core.inverse import DPS, MMPS, Linear, PiGDM, Select
 from polydiff.core.schedules import as_time
-from polydiff.core.solvers.resample import Resample
+from polydiff.core.solvers.resample import MOST_REPEATS, Resample
 from polydiff.core.tasks import Task
 from polydiff.core.tree import leaves
 
 if TYPE_CHECKING:
     from polydiff.core.run import Run
-
-
-MOST_REPEATS = 1000  # a slip such as 1e9 would fill the memory with passes
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,11 @@ def tau_span(form: str, start: Point, end: Point, eta2: Array = 0.0) -> tuple[Ar
     return c_s / c_t, -end.sigma * np.expm1(end.log_snr - start.log_snr) if form == "eps" else across / c_t
 
 
+def noise_span(start: Point, end: Point, eta2: Array = 1.0) -> Array:
+    """Standard deviation sigma_s sqrt(1 - exp(-2 eta^2 h)) of the noise that intervals of finite log-SNR add."""
+    return end.sigma * np.sqrt(-np.expm1(-2 * eta2 * (end.log_snr - start.log_snr)))
+
+
 def from_x0(form: str, schedule: Schedule, at: Point) -> tuple[Array, Array]:
     """Numbers a, b with p = a x + b x0_hat; sigma is positive."""
     if form == "x0":

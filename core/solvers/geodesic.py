@@ -8,7 +8,6 @@ of the step's order, and its commutator with the step of the order that the meth
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,7 +32,7 @@ from polydiff.core.solvers.base import (
     settle,
     tabulate,
 )
-from polydiff.core.solvers.coordinates import tau_span
+from polydiff.core.solvers.coordinates import noise_span, tau_span
 from polydiff.core.tree import tree_map
 
 
@@ -122,7 +121,7 @@ class Geodesic(Solver):
             return Move("x0", scale - 1, weight)
         form = "x0" if self.order == 1 else "v"
         scale, weight = map(float, tau_span(form, start, end, level**2))
-        noise = end.sigma * math.sqrt(-math.expm1(-2 * level**2 * (end.log_snr - start.log_snr))) if level else 0.0
+        noise = float(noise_span(start, end, level**2))
         return Move(
             COORDINATES[form], scale - 1, weight, noise, (0.5 * weight, 0.5 * weight) if self.order > 1 else None
         )

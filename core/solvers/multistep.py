@@ -29,7 +29,7 @@ from polydiff.core.errors import ConfigError, unknown
 from polydiff.core.schedules import Schedule
 from polydiff.core.solvers import base
 from polydiff.core.solvers.base import COORDINATES, Array, Plan, Point, Solver, State, checked, combine, divide
-from polydiff.core.solvers.coordinates import VARIABLES, differences, from_x0, moments, quadrature, tau_span
+from polydiff.core.solvers.coordinates import VARIABLES, differences, from_x0, moments, noise_span, quadrature, tau_span
 from polydiff.core.solvers.runge_kutta import TABLEAUS, Stage, stages, through_stages
 from polydiff.core.variational import log_range
 
@@ -163,7 +163,7 @@ class Multistep(Solver):
         spread: Iterable[float] = repeat(0.0)
         begin: list[_Step] = []
         if self.stochastic and self.noise_form != "sde":
-            deviation = eta * end.sigma * np.sqrt(-np.expm1(-2 * h))
+            deviation = eta * noise_span(start, end)
             if (over := deviation > end.sigma).any():
                 most = 1 / math.sqrt(-math.expm1(-2 * h[over].max()))
                 raise ConfigError(f"ancestral noise has eta up to 1 (here {most:.4g}): take less or noise_form='sde'")
@@ -181,7 +181,7 @@ class Multistep(Solver):
                 now = slice(1 + len(begin), None)
                 weights[now] += (scale[1:] * total[:-1])[len(begin) :, None] * change[len(begin) : -1]
             if self.stochastic:
-                noise = (end.sigma * np.sqrt(-np.expm1(-2 * eta**2 * h))).tolist()
+                noise = noise_span(start, end, eta**2).tolist()
         form, rows = repeat(COORDINATES[self.predict]), map(tuple, weights.tolist())
         steps = list(map(_Step, form, scale.tolist(), rows, noise, own[inner.start :], spread))
         return [*begin, *steps[len(begin) :]]

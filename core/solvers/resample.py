@@ -13,7 +13,7 @@ from polydiff.core.grids import Grid, make_grid
 from polydiff.core.schedules import as_time
 from polydiff.core.solvers.base import Plan, Point, Solver, State, resolve, settle
 
-MOST_REPEATS = 1000  # as tasks bound it: a plan lists every pass
+MOST_REPEATS = 1000  # a plan lists every pass: a slip such as 1e9 would fill the memory
 
 
 class _Step(NamedTuple):
