@@ -32,8 +32,8 @@ STILL = 512  # least length of the longer side of the PNG
 
 STYLE = """<style>
 .iv-pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 28px 48px; }
-.iv-row { display: grid; grid-template-columns: minmax(1.2em, max-content) 1fr; gap: 12px; align-items: center; margin-bottom: 4px; }
-.iv-row > span { color: var(--soft, #777); font-size: 13px; font-variant-numeric: tabular-nums; text-align: right; max-width: 7em; overflow-wrap: anywhere; }
+.iv-row { display: grid; font-size: 13px; grid-template-columns: clamp(1.2em, var(--name), 7em) 1fr; gap: 12px; align-items: center; margin-bottom: 4px; }
+.iv-row > span { color: var(--soft, #777); font-variant-numeric: tabular-nums; text-align: right; max-width: 7em; overflow-wrap: anywhere; }
 .iv-tiles { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); gap: 4px; }
 .iv-strips .iv-tiles { min-width: calc(var(--columns) * 34px); max-width: calc(var(--columns) * 84px); margin-bottom: 4px; }
 .iv-near { display: grid; grid-template-columns: repeat(auto-fill, minmax(max(64px, 12.5% - 14px), 1fr)); gap: 18px 14px; }
@@ -137,7 +137,8 @@ def _beside(samples: Sequence[Item], reference: Sequence[Item]) -> str:
             shown = _spread(items, min(TILES, len(samples)))
             body = _tiles(shown, min(COLUMNS, math.ceil(math.sqrt(len(shown)))), title)
         parts.append(f"<div><h4>{title}</h4>{body}</div>")
-    return f'<div class="iv-pair">{"".join(parts)}</div>'
+    longest = max(map(len, names), default=0)  # one width for all rows, so that their tiles stand below each other
+    return f'<div class="iv-pair" style="--name:{longest}ch">{"".join(parts)}</div>'
 
 
 def _tiles(items: Sequence[Item], columns: int, title: str) -> str:
